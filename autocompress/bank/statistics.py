@@ -1,0 +1,93 @@
+"""Moments of every layer's calibration inputs, gathered in one pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autocompress.graph import Layer
+from autocompress.techniques.technique import LayerStatistics
+
+_BATCH = 64
+
+
+def unfold_inputs(module: nn.Module, inputs: Tensor, generator: torch.Generator, rows: int) -> Tensor:
+    """A layer's input rows as its unfolded weight sees them, shape (at most rows, in_features).
+
+    Where there are more, the same random output positions are taken from every sample.
+    """
+    if isinstance(module, nn.Linear):
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        if len(flat) > rows:
+            flat = flat[torch.randperm(len(flat), generator=generator)[:rows]]
+        return flat
+    conv = cast(nn.Conv2d, module)
+    kernel, stride, dilation = tuple(conv.kernel_size), tuple(conv.stride), tuple(conv.dilation)
+    padded = _pad(conv, inputs)
+    if inputs.dim() == 3:
+        padded, kernel = padded.unsqueeze(2), (1, *kernel)
+        stride, dilation = (1, *stride), (1, *dilation)
+    columns = F.unfold(padded, kernel, dilation=dilation, stride=stride)
+    positions = max(1, rows // len(columns))
+    if columns.shape[2] > positions:
+        chosen = torch.randperm(columns.shape[2], generator=generator)[:positions]
+        columns = columns[:, :, chosen]
+    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+
+
+def _pad(conv: nn.Conv2d, inputs: Tensor) -> Tensor:
+    # The attribute is private but is the only place that resolves 'same' and per-side padding.
+    sides = cast(list[int], conv._reversed_padding_repeated_twice)
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return F.pad(inputs, sides, mode=mode)
+
+
+def collect_statistics(
+    network: nn.Module,
+    layers: Sequence[Layer],
+    inputs: tuple[Tensor, ...],
+    rows_per_layer: int,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, LayerStatistics]:
+    """First and second moments of the inputs of every dense layer.
+
+    Args:
+        network: in evaluation mode; left as it was.
+        inputs: calibration inputs, n samples in dimension 0.
+        rows_per_layer: about how many unfolded rows enter each layer's moments.
+        advance: called after every batch of 64 samples.
+    """
+    samples = len(inputs[0])
+    sums: dict[str, list[Any]] = {}
+    generator = torch.Generator().manual_seed(0)
+
+    def gather(name: str, rows: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = unfold_inputs(module, args[0].detach().float(), generator, rows)
+            moment, mean = (x.T @ x).double(), x.sum(0, dtype=torch.float64)
+            if name in sums:
+                sums[name] = [a + b for a, b in zip(sums[name], (moment, mean, len(x)), strict=True)]
+            else:
+                sums[name] = [moment, mean, len(x)]
+
+        return hook
+
+    rows = max(1, rows_per_layer * _BATCH // samples)
+    handles = [
+        network.get_submodule(layer.name).register_forward_pre_hook(gather(layer.name, rows))
+        for layer in layers
+        if layer.groups == 1
+    ]
+    try:
+        with torch.no_grad():
+            for start in range(0, samples, _BATCH):
+                network(*(x[start : start + _BATCH] for x in inputs))
+                advance()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: LayerStatistics(m / n, s / n) for name, (m, s, n) in sums.items()}

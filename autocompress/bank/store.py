@@ -1,0 +1,95 @@
+"""Solved tensors on disk: one safetensors file per key, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from autocompress.techniques.technique import Variant
+
+
+def network_hash(network: nn.Module) -> str:
+    """Twelve hexadecimal digits of a network's structure and weights."""
+    digest = hashlib.sha256(repr(network).encode())
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(_raw(tensor))
+    return digest.hexdigest()[:12]
+
+
+def tensors_hash(tensors: tuple[Tensor, ...]) -> str:
+    """Twelve hexadecimal digits of some tensors' contents."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(_raw(tensor))
+    return digest.hexdigest()[:12]
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@final
+class VariantStore:
+    """Variants by key: the most recent in memory up to a limit, the lasting ones on disk too."""
+
+    def __init__(self, folder: Path, memory_bytes: int = 1 << 29) -> None:
+        self._folder = folder
+        self._limit = memory_bytes
+        self._held: OrderedDict[str, Variant] = OrderedDict()
+        self._held_bytes = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, key: str) -> Variant | None:
+        """The variant of that key, or None if it was never put or its file is damaged."""
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key]
+        path = self._path(key)
+        if not path.exists():
+            return None
+        try:
+            variant = load_file(path)
+        except (SafetensorError, OSError):
+            # A damaged file is solved again; the new one replaces it.
+            return None
+        self._hold(key, variant)
+        return variant
+
+    def put(self, key: str, variant: Variant, *, lasting: bool) -> None:
+        """Keep a variant; a lasting one goes to disk before this returns."""
+        self._hold(key, variant)
+        if lasting:
+            path = self._path(key)
+            partial = path.with_suffix(f".{os.getpid()}.part")
+            save_file({k: v.contiguous() for k, v in variant.items()}, partial, {"key": key})
+            partial.replace(path)
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors"
+
+    def _hold(self, key: str, variant: Variant) -> None:
+        self._held[key] = variant
+        self._held_bytes += _size(variant)
+        while self._held_bytes > self._limit and len(self._held) > 1:
+            _, dropped = self._held.popitem(last=False)
+            self._held_bytes -= _size(dropped)
+
+
+def _size(variant: Variant) -> int:
+    return sum(t.numel() * t.element_size() for t in variant.values())
+
+
+def make_key(*parts: object) -> str:
+    """A store key of JSON-like parts."""
+    return json.dumps(parts, sort_keys=True, default=str, separators=(",", ":"))

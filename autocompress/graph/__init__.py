@@ -1,0 +1,7 @@
+"""The structure of a network: its layers, their costs, and the channel groups that couple them."""
+
+from autocompress.graph.groups import ChannelGroup, Member
+from autocompress.graph.layers import Layer, LayerKind
+from autocompress.graph.trace import NetworkGraph, trace
+
+__all__ = ["ChannelGroup", "Layer", "LayerKind", "Member", "NetworkGraph", "trace"]

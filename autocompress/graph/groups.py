@@ -1,0 +1,226 @@
+"""Coupled channel groups: channels that can only be removed together."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast, final
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from autocompress.errors import GraphError
+from autocompress.graph.layers import LAYER_TYPES, NORM_TYPES
+
+Side = Literal["out", "in"]
+_SLICEABLE = (*LAYER_TYPES, *NORM_TYPES, nn.PReLU, nn.LayerNorm)
+
+
+@final
+@dataclass(frozen=True)
+class Member:
+    """One side of one module that a channel group runs through.
+
+    Channel `j` of the group is `indices[j * per_channel : (j + 1) * per_channel]` of that side
+    (several after a flatten).
+    """
+
+    module: str
+    side: Side
+    indices: tuple[int, ...]
+    per_channel: int
+
+    def select(self, channels: Sequence[int]) -> list[int]:
+        """Indices on this side that belong to some of the group's channels."""
+        k = self.per_channel
+        return [i for c in channels for i in self.indices[c * k : (c + 1) * k]]
+
+
+@final
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels of several modules that stand or fall together.
+
+    Attributes:
+        name: its first producing layer, with `+n` for n further producers.
+        size: number of channels.
+        members: every module side that it runs through.
+        reason: why it can't be pruned; empty if it can.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    reason: str = ""
+
+    @property
+    def prunable(self) -> bool:
+        """Whether channels of this group may be removed."""
+        return not self.reason
+
+
+Removal = tuple[ChannelGroup, Sequence[int]]
+
+
+def removed_sides(removals: Sequence[Removal]) -> dict[tuple[str, Side], list[int]]:
+    """Indices to remove by module and side, sorted, for groups with the channels to remove."""
+    sides: dict[tuple[str, Side], set[int]] = {}
+    for group, channels in removals:
+        for member in group.members:
+            sides.setdefault((member.module, member.side), set()).update(member.select(channels))
+    return {key: sorted(indices) for key, indices in sides.items() if indices}
+
+
+def remove_channels(network: nn.Module, removals: Sequence[Removal]) -> None:
+    """Remove channels of several groups from the traced network or a copy of it, in place."""
+    for (name, side), indices in removed_sides(removals).items():
+        module = network.get_submodule(name)
+        pruner = tp.pruner.function.PrunerBox[tp.ops.module2type(module)]
+        cut = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
+        cut(module, indices)
+
+
+def find_groups(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> tuple[ChannelGroup, ...]:
+    """Every channel group of a network, by torch-pruning's dependency graph (Fang et al., 2023).
+
+    A group that cannot be pruned is kept with its reason: each is tried once on a copy.
+
+    Raises:
+        GraphError: the network cannot be traced.
+    """
+    names: dict[Any, str] = {module: name for name, module in network.named_modules()}
+    try:
+        graph = tp.DependencyGraph().build_dependency(
+            network, example_inputs=example_inputs, verbose=False
+        )
+        raw = list(graph.get_all_groups())
+    except Exception as cause:
+        raise GraphError(
+            f"The network cannot be traced: {type(cause).__name__}: {cause}",
+            given=type(network).__name__,
+            allowed="a network whose forward pass is differentiable PyTorch code",
+            advice="check that network(*example_inputs) runs, and see --debug for the traceback",
+        ) from cause
+    groups = [_read_group(graph, items, names) for items in raw]
+    order = {name: i for i, name in enumerate(names.values())}
+    groups.sort(key=lambda group: order[group.members[0].module])
+    with torch.no_grad():
+        outputs = _output_shapes(network(*example_inputs))
+        return tuple(
+            group if group.reason else replace(group, reason=_try_out(network, group, example_inputs, outputs))
+            for group in groups
+        )  # fmt: skip
+
+
+def _read_group(graph: Any, items: Any, names: dict[Any, str]) -> ChannelGroup:
+    root_size = len(items[0].idxs)
+    members: dict[tuple[str, Side, tuple[int, ...]], Member] = {}
+    reason = ""
+    for dep, indices in items:
+        module = dep.target.module
+        if isinstance(module, nn.Parameter):
+            reason = reason or "a bare parameter is added to or multiplied with its channels"
+        if module not in names:
+            continue
+        name = names[module]
+        if not isinstance(module, _SLICEABLE) and any(True for _ in module.parameters()):
+            reason = reason or f"{name} ({type(module).__name__}) cannot be sliced"
+        if not any(True for _ in module.parameters(recurse=False)) and not isinstance(
+            module, NORM_TYPES
+        ):
+            continue
+        side: Side = "out" if graph.is_out_channel_pruning_fn(dep.handler) else "in"
+        plain = tuple(int(getattr(i, "idx", i)) for i in indices)
+        if len(plain) % root_size:
+            reason = reason or f"channels do not map evenly onto {name}"
+            continue
+        if isinstance(module, (nn.Conv1d, nn.Conv2d)) and 1 < module.groups < module.out_channels:
+            reason = reason or f"{name} is a grouped convolution"
+        members[(name, side, plain)] = Member(name, side, plain, len(plain) // root_size)
+    order = {name: i for i, name in enumerate(names.values())}
+    ordered = sorted(members.values(), key=lambda m: (m.side == "in", order[m.module]))
+    producers = [
+        m.module for m in ordered if m.side == "out" and _is_dense(names, m.module)
+    ]
+    reason = reason or _mapping_fault(graph, items, ordered, names)
+    if not any(m.side == "in" for m in ordered):
+        reason = reason or "it is the network's output"
+    extra = f"+{len(set(producers)) - 1}" if len(set(producers)) > 1 else ""
+    label = (producers or [ordered[0].module])[0]
+    return ChannelGroup(label + extra, root_size, tuple(ordered), reason)
+
+
+def _is_dense(names: dict[Any, str], name: str) -> bool:
+    module = next(m for m, n in names.items() if n == name)
+    return isinstance(module, LAYER_TYPES) and getattr(module, "groups", 1) == 1
+
+
+def _mapping_fault(
+    graph: Any, items: Any, members: Sequence[Member], names: dict[Any, str]
+) -> str:
+    """Check the channel-to-index map against the dependency graph's own answer for single channels."""
+    root, handler = items[0].dep.target.module, items[0].dep.handler
+    size = len(items[0].idxs)
+    for channel in sorted({0, size // 2, size - 1}):
+        expected: dict[tuple[str, str], set[int]] = {}
+        for dep, indices in graph.get_pruning_group(root, handler, [channel]):
+            if dep.target.module in names:
+                side = "out" if graph.is_out_channel_pruning_fn(dep.handler) else "in"
+                key = (names[dep.target.module], side)
+                expected.setdefault(key, set()).update(int(getattr(i, "idx", i)) for i in indices)
+        found: dict[tuple[str, str], set[int]] = {}
+        for member in members:
+            found.setdefault((member.module, member.side), set()).update(member.select([channel]))
+        if any(found[key] != expected.get(key) for key in found):
+            return "its channels map onto other layers in a pattern that is not understood"
+    return ""
+
+
+def _output_shapes(outputs: Any) -> tuple[tuple[int, ...], ...]:
+    if isinstance(outputs, Tensor):
+        return (tuple(outputs.shape),)
+    values = outputs.values() if isinstance(outputs, dict) else outputs
+    return tuple(shape for value in values for shape in _output_shapes(value))
+
+
+def _try_out(
+    network: nn.Module,
+    group: ChannelGroup,
+    example_inputs: tuple[Tensor, ...],
+    outputs: tuple[tuple[int, ...], ...],
+) -> str:
+    """Why removing one channel breaks the network; empty if it does not."""
+    if group.size < 2:
+        return "it has a single channel"
+    trial = copy.deepcopy(network)
+    try:
+        remove_channels(trial, [(group, [group.size - 1])])
+        shapes = _output_shapes(trial(*example_inputs))
+    except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as cause:
+        return f"the network fails without one of its channels: {str(cause).splitlines()[0][:120]}"
+    if shapes != outputs:
+        return "it reaches the network's output"
+    return ""
+
+
+def dense_consumers(network: nn.Module, group: ChannelGroup) -> tuple[Member, ...]:
+    """The layers that read a group's channels and whose weights can be refitted."""
+    found = []
+    for member in group.members:
+        module = network.get_submodule(member.module)
+        if member.side == "in" and isinstance(module, LAYER_TYPES):
+            if cast(int, getattr(module, "groups", 1)) == 1:
+                found.append(member)
+    return tuple(found)
+
+
+def kept_size(size: int, pruning_ratio: float, multiple: int) -> int:
+    """Channels that stay: the nearest multiple to `(1 - pruning_ratio) * size`, at least one.
+
+    Sizes that are no multiple of `multiple` count in steps of the largest common divisor.
+    """
+    step = multiple if size % multiple == 0 else math.gcd(size, multiple)
+    return max(step, min(size, round((1 - pruning_ratio) * size / step) * step))

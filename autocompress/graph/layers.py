@@ -1,0 +1,105 @@
+"""The layers that carry weights, with their multiply-accumulates and bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast, final
+
+import torch
+from torch import Tensor, nn
+
+LayerKind = Literal["conv", "linear"]
+LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.Linear)
+NORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@final
+@dataclass(frozen=True)
+class Layer:
+    """One convolution or linear layer, as seen with the example inputs.
+
+    Attributes:
+        name: the module's name in `network.named_modules()`.
+        kernel_size: spatial kernel size; empty for linear layers.
+        positions: output positions (pixels, tokens) per sample, all calls together.
+        weights: number of weights, the bias included.
+    """
+
+    name: str
+    kind: LayerKind
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    groups: int
+    positions: int
+    weights: int
+
+    @property
+    def in_features(self) -> int:
+        """Length of one unfolded input row: channels times kernel size."""
+        return self.in_channels // self.groups * math.prod(self.kernel_size)
+
+    @property
+    def columns_per_channel(self) -> int:
+        """Columns of the unfolded weight that belong to one input channel."""
+        return math.prod(self.kernel_size)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per sample."""
+        return self.positions * self.out_channels * self.in_features
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in fp32."""
+        return 4 * self.weights
+
+
+def observe_layers(network: nn.Module, example_inputs: Sequence[Tensor]) -> tuple[Layer, ...]:
+    """Run the network once and describe every layer that was called, in order of first call.
+
+    Args:
+        network: in evaluation mode; left as it was.
+        example_inputs: inputs with the batch in dimension 0.
+    """
+    names = {module: name for name, module in network.named_modules()}
+    positions: dict[nn.Module, int] = {}
+
+    def note(module: nn.Module, args: Any, output: Tensor) -> None:
+        per_sample = output.numel() // output.shape[0]
+        channels = module.out_features if isinstance(module, nn.Linear) else output.shape[1]
+        positions[module] = positions.get(module, 0) + per_sample // cast(int, channels)
+
+    handles = [
+        module.register_forward_hook(note)
+        for module in network.modules()
+        if isinstance(module, LAYER_TYPES)
+    ]
+    try:
+        with torch.no_grad():
+            network(*example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(_describe(names[module], module, count) for module, count in positions.items())
+
+
+def _describe(name: str, module: nn.Module, positions: int) -> Layer:
+    weights = sum(p.numel() for p in module.parameters(recurse=False))
+    if isinstance(module, nn.Linear):
+        return Layer(
+            name, "linear", module.in_features, module.out_features, (), 1, positions, weights
+        )
+    conv = cast(nn.Conv2d, module)
+    return Layer(
+        name,
+        "conv",
+        conv.in_channels,
+        conv.out_channels,
+        tuple(conv.kernel_size),
+        conv.groups,
+        positions,
+        weights,
+    )

@@ -1,0 +1,135 @@
+"""The graph of a network: layers, groups, and which batch norm follows which layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.errors import GraphError
+from autocompress.graph.groups import ChannelGroup, find_groups
+from autocompress.graph.layers import LAYER_TYPES, NORM_TYPES, Layer, observe_layers
+
+
+@final
+@dataclass(frozen=True)
+class NetworkGraph:
+    """What is known of a network's structure.
+
+    Attributes:
+        layers: convolution and linear layers in order of their first call.
+        groups: coupled channel groups, prunable or with the reason why not.
+        norms: for a layer whose output goes into one batch norm only, that norm's name.
+    """
+
+    layers: tuple[Layer, ...]
+    groups: tuple[ChannelGroup, ...]
+    norms: Mapping[str, str]
+
+    def layer(self, name: str) -> Layer:
+        """The layer of that name."""
+        return next(layer for layer in self.layers if layer.name == name)
+
+    def group(self, name: str) -> ChannelGroup:
+        """The channel group of that name."""
+        return next(group for group in self.groups if group.name == name)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per sample of all layers."""
+        return sum(layer.macs for layer in self.layers)
+
+
+def trace(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> NetworkGraph:
+    """Trace a network with example inputs (batch in dimension 0).
+
+    Raises:
+        GraphError: the network cannot be run or traced, or has no layer to compress.
+    """
+    network = copy.deepcopy(network).eval()
+    try:
+        layers = observe_layers(network, example_inputs)
+        norms = find_norms(network, example_inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError) as cause:
+        raise GraphError(
+            f"The network does not run on its example inputs: {cause}",
+            given=[tuple(x.shape) for x in example_inputs],
+            advice="make network(*example_inputs) work first",
+        ) from cause
+    if not layers:
+        raise GraphError(
+            "The network has no layer to compress.",
+            given=type(network).__name__,
+            allowed="at least one of " + ", ".join(t.__name__ for t in LAYER_TYPES),
+        )
+    return NetworkGraph(layers, find_groups(network, example_inputs), norms)
+
+
+def find_norms(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> dict[str, str]:
+    """Pairs of layer and batch norm where the norm is the only reader of the layer's output.
+
+    Found by running: the norm's input is the very tensor that the layer gave, each is called once,
+    and changing nothing else reads it (checked by perturbing the output between the two).
+    """
+    names = {module: name for name, module in network.named_modules()}
+    given: dict[int, tuple[nn.Module, Tensor]] = {}
+    calls: dict[nn.Module, int] = {}
+    pairs: dict[nn.Module, nn.Module] = {}
+
+    def after_layer(module: nn.Module, args: Any, output: Tensor) -> None:
+        calls[module] = calls.get(module, 0) + 1
+        given[id(output)] = (module, output)
+
+    def before_norm(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        calls[module] = calls.get(module, 0) + 1
+        found = given.get(id(args[0]))
+        if found is not None and found[1] is args[0]:
+            pairs[found[0]] = module
+
+    handles = [
+        m.register_forward_hook(after_layer) for m in network.modules() if isinstance(m, LAYER_TYPES)
+    ] + [
+        m.register_forward_pre_hook(before_norm)
+        for m in network.modules()
+        if isinstance(m, NORM_TYPES)
+    ]
+    try:
+        with torch.no_grad():
+            reference = network(*example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    single = {a: b for a, b in pairs.items() if calls[a] == 1 and calls[b] == 1}
+    sole = {a: b for a, b in single.items() if _only_reader(network, a, b, example_inputs, reference)}
+    return {names[a]: names[b] for a, b in sole.items()}
+
+
+def _only_reader(
+    network: nn.Module, layer: nn.Module, norm: nn.Module, inputs: tuple[Tensor, ...], reference: Any
+) -> bool:
+    """Whether shifting a layer's output and shifting it back inside the norm changes nothing."""
+    shift = [
+        layer.register_forward_hook(lambda m, a, out: out + 1.0),
+        norm.register_forward_pre_hook(lambda m, a: (a[0] - 1.0,)),
+    ]
+    try:
+        with torch.no_grad():
+            shifted = network(*inputs)
+    finally:
+        for handle in shift:
+            handle.remove()
+    return all(
+        torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+        for a, b in zip(_tensors(reference), _tensors(shifted), strict=True)
+    )
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    values = outputs.values() if isinstance(outputs, dict) else outputs
+    return [tensor for value in values for tensor in _tensors(value)]
