@@ -1,0 +1,1 @@
+"""Latency, outputs and memory of ONNX files, taken in worker processes without PyTorch."""

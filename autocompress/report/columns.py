@@ -1,0 +1,154 @@
+"""The stable columns of `front.csv`, and reading what a run folder says about its front."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from autocompress.config import validate
+from autocompress.device import Fingerprint
+from autocompress.errors import RunFolderError
+
+REFERENCES = ("original", "stock_int8")
+ROLES = (*REFERENCES, "candidate", "finalist")
+COLUMNS = (
+    "candidate", "role", "on_front", "metric_search", "metric_test", "drop_test_pp", "latency_ms",
+    "speedup", "speedup_low", "speedup_high", "file_bytes", "peak_memory_bytes", "trusted",
+    "artifact", "plan_hash",
+)  # fmt: skip
+_TEXTS = ("candidate", "role", "artifact", "plan_hash")
+_FLAGS = ("on_front", "trusted")
+_BYTES = ("file_bytes", "peak_memory_bytes")
+_FIX = "let `autocompress search` write the file; it is not meant to be edited"
+
+
+def typed_front(frame: pd.DataFrame) -> pd.DataFrame:
+    """The stable columns in their order: texts as str (nothing is ""), flags as bool, else float64.
+
+    Other columns are left out. Figures that were not taken are NaN. Of a metric more is better.
+
+    Raises:
+        RunFolderError: a column is missing, or holds what its type does not allow.
+    """
+    missing = [name for name in COLUMNS if name not in frame.columns]
+    if missing:
+        raise RunFolderError(
+            "A front lacks columns.", given=", ".join(missing), allowed=", ".join(COLUMNS)
+        )
+    typed: dict[str, Any] = {}
+    for name in COLUMNS:
+        column = frame[name]
+        if name in _TEXTS:
+            typed[name] = column.astype(object).where(column.notna(), "").astype(str).to_numpy()
+        elif name in _FLAGS:
+            typed[name] = _flags(column)
+        else:
+            typed[name] = _figures(column)
+    result: pd.DataFrame = pd.DataFrame(typed, columns=list(COLUMNS))
+    unknown = sorted(set(result["role"]) - set(ROLES))
+    if unknown:
+        raise RunFolderError(
+            "A front has rows of an unknown role.",
+            given=", ".join(unknown),
+            allowed=", ".join(ROLES),
+            advice=_FIX,
+        )
+    return result
+
+
+def _flags(column: pd.Series[Any]) -> NDArray[np.bool_]:
+    words = {"True": True, "False": False, "true": True, "false": False, "1": True, "0": False}
+    flags = [words.get(str(value)) for value in column]
+    if None in flags:
+        raise RunFolderError(
+            f"Column {column.name} of a front is neither true nor false.",
+            given=str(column.iloc[flags.index(None)]),
+            allowed="True, False",
+            advice=_FIX,
+        )
+    return np.array(flags, dtype=np.bool_)
+
+
+def _figures(column: pd.Series[Any]) -> NDArray[np.float64]:
+    try:
+        return np.asarray(pd.to_numeric(column), dtype=np.float64)
+    except (TypeError, ValueError) as cause:
+        raise RunFolderError(
+            f"Column {column.name} of a front holds something that is no number: {cause}",
+            advice=_FIX,
+        ) from cause
+
+
+def read_front(run: Path) -> pd.DataFrame:
+    """The current front of a run folder, as `typed_front`.
+
+    Raises:
+        RunFolderError: the folder has no result yet, or its `front.csv` cannot be read.
+    """
+    path = run / "front.csv"
+    if not path.is_file():
+        raise RunFolderError(
+            "This is not a run folder." if not run.is_dir() else "The run has no front yet.",
+            given=run,
+            allowed="a run folder with a front.csv, written from the first finished trial on",
+            advice=f"autocompress search EXPERIMENT --run {run}",
+        )
+    try:
+        # Without the default list of NaN spellings: a candidate may be called "NA" or "null".
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+    except (OSError, ValueError) as cause:
+        raise RunFolderError(
+            f"front.csv cannot be read: {cause}", given=path, advice=_FIX
+        ) from cause
+    front = typed_front(frame)
+    if front.empty:
+        raise RunFolderError(
+            "The run has no finished trial yet.",
+            given=path,
+            advice=f"autocompress search EXPERIMENT --run {run}",
+        )
+    return front
+
+
+def read_device(run: Path) -> Fingerprint:
+    """The device that a run folder's figures were measured on (`device.json`).
+
+    Raises:
+        RunFolderError: the file is missing or is no fingerprint.
+    """
+    path = run / "device.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as cause:
+        raise RunFolderError(
+            f"The run folder does not say which device it is of: {cause}",
+            given=path,
+            advice=f"autocompress search EXPERIMENT --run {run}",
+        ) from cause
+    if not isinstance(data, dict):
+        raise RunFolderError("device.json must hold a mapping.", given=path)
+    return validate(Fingerprint, data, path, RunFolderError)
+
+
+def front_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as plain values that JSON can hold, in the frame's order.
+
+    Figures that were not taken are None, bytes are int, texts that are not there are None.
+    """
+    rows = typed_front(frame).to_dict(orient="records")
+    return [{str(name): _plain(str(name), value) for name, value in row.items()} for row in rows]
+
+
+def _plain(name: str, value: Any) -> str | bool | int | float | None:
+    if name in _TEXTS:
+        return str(value) or None
+    if name in _FLAGS:
+        return bool(value)
+    if not np.isfinite(value):
+        return None
+    return int(value) if name in _BYTES else float(value)

@@ -1,0 +1,218 @@
+"""Picking one model from a front: by limits or by the knee."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import numpy as np
+import pandas as pd
+
+from autocompress import pareto
+from autocompress.errors import ConfigError, NoFitError
+from autocompress.report import figures
+from autocompress.report.columns import REFERENCES, front_rows
+from autocompress.report.tables import NAMES
+
+RULE: Final = (
+    "Picks among the finalists, by what was measured on the test split and the device. All limits"
+    " must hold. With --max-drop and no latency or speed-up limit, the fastest model within the"
+    " limits; with any other limits, the most accurate one. --knee takes the knee of accuracy"
+    " against latency instead, within the limits if any are given; --max-drop beside it keeps"
+    " ruined models from bending the curve. The original network or the stock int8 model is handed"
+    " out only if it is within the limits and no finalist is, or if it is at least as accurate and"
+    " as fast as the pick, and better in one."
+)
+_NEAREST: Final = 3
+
+Row = dict[str, Any]
+
+
+@final
+@dataclass(frozen=True)
+class Limits:
+    """What a picked model must keep; None is no limit.
+
+    Args:
+        max_latency_ms: median latency on the device, in milliseconds.
+        min_speedup: times faster than the original network.
+        max_drop: percentage points lost on the test split.
+        max_bytes: size of the model file, in bytes.
+
+    Raises:
+        ConfigError: a limit that nothing could meet (not above zero) or that is no number.
+    """
+
+    max_latency_ms: float | None = None
+    min_speedup: float | None = None
+    max_drop: float | None = None
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_latency_ms", "min_speedup", "max_drop", "max_bytes"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not math.isfinite(value) or (name != "max_drop" and value <= 0):
+                raise ConfigError(
+                    "A limit cannot be used.",
+                    given=f"--{name.replace('_', '-')} {value}",
+                    allowed="a number" if name == "max_drop" else "a number above zero",
+                )
+
+    @property
+    def given(self) -> bool:
+        """Whether there is any limit."""
+        return self != Limits()
+
+
+@final
+@dataclass(frozen=True)
+class Choice:
+    """A picked row (as `front_rows` gives it) and why it was picked, in a sentence or two."""
+
+    row: Row
+    reason: str
+
+
+@final
+@dataclass(frozen=True)
+class _Rule:
+    """One limit: how far a value may go, and how that is said."""
+
+    label: str
+    column: str
+    limit: float
+    sign: int
+    text: Callable[[float], str]
+
+    def miss(self, row: Row) -> float:
+        """By how much the row misses, in the limit's unit; 0 if it does not, inf if unknown."""
+        value = row[self.column]
+        return math.inf if value is None else max(self.sign * (value - self.limit), 0.0)
+
+    def say(self, row: Row) -> str:
+        """The miss in words."""
+        value, miss = row[self.column], self.miss(row)
+        if value is None:
+            return f"{self.label} not measured"
+        direction = "over" if self.sign > 0 else "short"
+        return f"{self.label} {self.text(value)}, {self.text(miss)} {direction}"
+
+
+def pick(frame: pd.DataFrame, limits: Limits, *, knee: bool = False) -> Choice:
+    """One model of a front; `RULE` says which, in the words of the command line's help.
+
+    Limits hold for the measured values; where the interval reaches beyond, the reason says so.
+
+    Args:
+        frame: the columns of `front.csv`.
+        limits: what must hold.
+        knee: take the knee of test metric against latency.
+
+    Raises:
+        ConfigError: neither a limit nor `knee`.
+        NoFitError: no finalist has been judged yet, or nothing is within the limits; the nearest
+            points are named with what they miss.
+    """
+    if not (limits.given or knee):
+        raise ConfigError(
+            "There are many models on a front; picking one needs a wish.",
+            allowed="--max-latency-ms, --min-speedup, --max-drop, --max-bytes or --knee",
+            advice="for a good compromise give --knee",
+        )
+    rows = front_rows(frame)
+    judged = [row for row in rows if row["metric_test"] is not None and row["latency_ms"]]
+    finalists = [row for row in judged if row["role"] == "finalist"]
+    if not finalists:
+        raise NoFitError(
+            "The run has no finalist that was judged on the test split.",
+            given=f"{len(rows)} rows",
+            advice="run `autocompress search` with the same run folder until it ends",
+        )
+    rules = _rules(limits)
+    fits = [row for row in finalists if _within(row, rules)]
+    spare = [row for row in judged if row["role"] in REFERENCES and _within(row, rules)]
+    if fits:
+        chosen, reason = _best(fits, limits, knee)
+        better = [row for row in spare if _dominates(row, chosen)]
+        if better:
+            chosen, _ = _best(better, limits, False)
+            reason = "no finalist within the limits beats it in accuracy and latency"
+    elif spare:
+        chosen, _ = _best(spare, limits, False)
+        reason = "no finalist is within the limits, but this is"
+    else:
+        raise _no_fit(judged, rules)
+    return Choice(chosen, _sentence(chosen, reason, limits))
+
+
+def _rules(limits: Limits) -> list[_Rule]:
+    wanted = (
+        ("latency", "latency_ms", limits.max_latency_ms, 1, figures.milliseconds),
+        ("speed-up", "speedup", limits.min_speedup, -1, lambda value: f"{value:.3g}x"),
+        ("drop", "drop_test_pp", limits.max_drop, 1, lambda v: f"{v:.3g} points"),
+        ("file", "file_bytes", limits.max_bytes, 1, figures.byte_size),
+    )
+    return [
+        _Rule(label, column, limit, sign, text)
+        for label, column, limit, sign, text in wanted
+        if limit is not None
+    ]
+
+
+def _within(row: Row, rules: Sequence[_Rule]) -> bool:
+    return all(rule.miss(row) == 0 for rule in rules)
+
+
+def _dominates(row: Row, other: Row) -> bool:
+    pair = [(-r["metric_test"], r["latency_ms"]) for r in (row, other)]
+    mask = pareto.non_dominated(pair, maximise=(False, False))
+    return bool(mask[0] and not mask[1])
+
+
+def _best(rows: Sequence[Row], limits: Limits, knee: bool) -> tuple[Row, str]:
+    """The row that the rule takes and why; ties go to the other objective, then to fewer bytes."""
+    if knee:
+        values = np.array([(row["metric_test"], row["latency_ms"]) for row in rows])
+        chosen = rows[pareto.knee(values, maximise=(True, False))]
+        return chosen, "the knee of accuracy on the test split against latency"
+    size = [row["file_bytes"] or math.inf for row in rows]
+    accurate = [(-row["metric_test"], row["latency_ms"]) for row in rows]
+    speed_limit = limits.max_latency_ms is not None or limits.min_speedup is not None
+    if limits.max_drop is not None and not speed_limit:
+        best = min(range(len(rows)), key=lambda i: (accurate[i][::-1], size[i]))
+        return rows[best], "the fastest finalist within the limits"
+    best = min(range(len(rows)), key=lambda i: (accurate[i], size[i]))
+    return rows[best], "the most accurate finalist within the limits"
+
+
+def _sentence(row: Row, reason: str, limits: Limits) -> str:
+    name = NAMES.get(row["role"], row["candidate"])
+    text = f"{name}: {reason}."
+    low = row["speedup_low"]
+    if limits.min_speedup is not None and low is not None and low < limits.min_speedup:
+        text += f" Its speed-up's interval reaches down to {low:.3g}x, below the limit."
+    if not row["trusted"]:
+        text += " Its timing is marked untrusted: the interval stayed too wide."
+    return text
+
+
+def _no_fit(rows: Sequence[Row], rules: Sequence[_Rule]) -> NoFitError:
+    """The error that names the nearest points; near is the sum of misses relative to the limits."""
+
+    def distance(row: Row) -> tuple[float, float]:
+        misses = [rule.miss(row) / max(abs(rule.limit), 0.1) for rule in rules]
+        return sum(math.isinf(miss) for miss in misses), sum(m for m in misses if m < math.inf)
+
+    lines = []
+    for row in sorted(rows, key=distance)[:_NEAREST]:
+        said = "; ".join(rule.say(row) for rule in rules if rule.miss(row) > 0)
+        lines.append(f"{NAMES.get(row['role'], row['candidate'])}: {said}")
+    return NoFitError(
+        "No model of this front is within the limits. Nearest:\n    " + "\n    ".join(lines),
+        given=", ".join(f"{rule.label} {rule.text(rule.limit)}" for rule in rules),
+        advice="relax a limit by as much, or search longer",
+    )

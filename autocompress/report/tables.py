@@ -1,0 +1,155 @@
+"""The front as rich tables that fit a terminal of 100 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import numpy as np
+import pandas as pd
+from rich import box
+from rich.console import Console, JustifyMethod
+from rich.table import Table
+from rich.text import Text
+
+from autocompress.report import figures
+from autocompress.report.columns import REFERENCES, typed_front
+
+SIGNS: Final = {"original": "◆", "stock_int8": "▲", "finalist": "●", "candidate": "○"}
+STYLES: Final = {
+    "original": "bold cyan", "stock_int8": "bold magenta", "finalist": "green", "candidate": "",
+}  # fmt: skip
+NAMES: Final = {"original": "the original network", "stock_int8": "the stock tool's int8"}
+UNTRUSTED: Final = "*"
+_FOOTNOTE: Final = (
+    f"{UNTRUSTED} untrusted: the time limit came before the interval was as narrow as the device"
+    " profile asks."
+)
+
+Row = dict[str, Any]
+
+
+@final
+@dataclass(frozen=True)
+class _Column:
+    heading: str
+    width: int
+    cell: Callable[[Row, bool], str]
+    justify: JustifyMethod = "right"
+
+
+def _label(row: Row, share: bool) -> str:
+    return f"{SIGNS[row['role']]} {row['candidate'] or row['role']}"
+
+
+def _speedup(row: Row, share: bool) -> str:
+    text = figures.speedup(row["speedup"], row["speedup_low"], row["speedup_high"])
+    return text if row["trusted"] else text + UNTRUSTED
+
+
+def _front_sign(row: Row, share: bool) -> str:
+    return "yes" if row["on_front"] else "no"
+
+
+_CANDIDATE: Final = _Column("candidate", 14, _label, "left")
+_SEARCHED: Final = _Column(
+    "metric\nsearch", 8, lambda row, share: figures.metric(row["metric_search"], share=share)
+)
+_TESTED: Final = _Column(
+    "metric\ntest", 8, lambda row, share: figures.metric(row["metric_test"], share=share)
+)
+_DROP: Final = _Column("drop\npoints", 7, lambda row, share: figures.points(row["drop_test_pp"]))
+_LATENCY: Final = _Column("latency", 10, lambda row, share: figures.milliseconds(row["latency_ms"]))
+_SPEEDUP: Final = _Column("speed-up", 19, _speedup, "left")
+_FILE: Final = _Column("file", 8, lambda row, share: figures.byte_size(row["file_bytes"]))
+_MEMORY: Final = _Column(
+    "peak\nmemory", 8, lambda row, share: figures.byte_size(row["peak_memory_bytes"])
+)
+_ON_FRONT: Final = _Column("front", 5, _front_sign, "left")
+# What a narrow terminal does without, in this order.
+_EXPENDABLE: Final = (_MEMORY, _SEARCHED, _FILE, _ON_FRONT)
+
+
+def front_table(
+    frame: pd.DataFrame, *, device: str = "", everything: bool = False, width: int = 100
+) -> Table:
+    """The front by rising latency, with both reference rows.
+
+    Args:
+        frame: the columns of `front.csv`.
+        device: where the figures were measured; goes into the title.
+        everything: also show the points that are not on the front, and a column that says which.
+        width: the most columns that the table takes; under 100, figures that do not fit are left
+            out: peak memory first, then the metric of the search split, then the file's size.
+    """
+    front = typed_front(frame)
+    on_front = int((front["on_front"] & ~front["role"].isin(REFERENCES)).sum())
+    trials = int((~front["role"].isin(REFERENCES)).sum())
+    shown = front if everything else front[front["on_front"] | front["role"].isin(REFERENCES)]
+    columns = [_CANDIDATE, _SEARCHED, _TESTED, _DROP, _LATENCY, _SPEEDUP, _FILE, _MEMORY]
+    if everything:
+        columns.append(_ON_FRONT)
+    title = f"Front of {on_front} out of {trials} candidates, measured on {device or 'this device'}"
+    table = _table(shown, columns, share=figures.is_share(front), width=width)
+    table.title = Text(title, style="bold")
+    signs = [f"{SIGNS[role]} {text}" for role, text in NAMES.items()]
+    notes = ["   ".join([*signs, f"{SIGNS['finalist']} finalist, judged on the test split"])]
+    if not shown["trusted"].all():
+        notes.append(_FOOTNOTE)
+    table.caption = Text("\n".join(notes), style="dim")
+    table.caption_justify = "left"
+    return table
+
+
+def compact_table(frame: pd.DataFrame, *, rows: int = 8, width: int = 100) -> Table:
+    """The best front so far in few rows: the references and points spread along the front.
+
+    Args:
+        frame: the columns of `front.csv`.
+        rows: the most rows shown, at least 3.
+        width: the most columns that the table takes.
+    """
+    front = typed_front(frame)
+    references = front["role"].isin(REFERENCES)
+    members = front[front["on_front"] & ~references].sort_values("latency_ms", kind="stable")
+    room = max(rows - int(references.sum()), 1)
+    if len(members) > room:
+        members = members.iloc[np.linspace(0, len(members) - 1, room).round().astype(int)]
+    shown = pd.concat([front[references], members])
+    columns = [_CANDIDATE, _SEARCHED, _LATENCY, _SPEEDUP, _FILE]
+    return _table(shown, columns, share=figures.is_share(front), width=width)
+
+
+def _table(shown: pd.DataFrame, columns: list[_Column], *, share: bool, width: int) -> Table:
+    """As many of the columns as fit, at their natural width."""
+    ruler = Console(width=1000, color_system=None)
+    table = _rows(shown, columns, share)
+    for spare in _EXPENDABLE:
+        if ruler.measure(table).maximum <= width:
+            return table
+        columns = [column for column in columns if column is not spare]
+        table = _rows(shown, columns, share)
+    table.width = min(ruler.measure(table).maximum, width)
+    return table
+
+
+def _rows(shown: pd.DataFrame, columns: list[_Column], share: bool) -> Table:
+    """Rows by rising latency (unknown last); texts are never read as rich markup."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(
+            Text(column.heading),
+            justify=column.justify,
+            max_width=column.width,
+            overflow="fold",
+            no_wrap=column is not _CANDIDATE,
+        )
+    ordered = shown.sort_values("latency_ms", kind="stable", na_position="last")
+    for row in ordered.to_dict(orient="records"):
+        cells = {str(key): value for key, value in row.items()}
+        table.add_row(
+            *(Text(column.cell(cells, share)) for column in columns),
+            style=STYLES[cells["role"]],
+        )
+    return table
