@@ -149,3 +149,10 @@ def fingerprint(profile: DeviceProfile) -> Fingerprint:
         batch_size=profile.batch_size,
         graph_optimization=runtime.graph_optimization,
     )
+
+
+def all_cores(profile: DeviceProfile) -> DeviceProfile:
+    """The same device with a thread on every core: for accuracy, where time does not matter."""
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    runtime = profile.runtime.model_copy(update={"threads": len(cores)})
+    return profile.model_copy(update={"runtime": runtime, "cores": cores})

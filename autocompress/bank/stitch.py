@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import cast, final
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,13 @@ from autocompress.bank.store import make_key
 from autocompress.errors import PlanError
 from autocompress.graph.groups import (
     Removal,
+    Side,
     dense_consumers,
     kept_size,
     remove_channels,
     removed_sides,
 )
-from autocompress.graph.layers import LAYER_TYPES
+from autocompress.graph.layers import LAYER_TYPES, NORM_TYPES
 from autocompress.plan import Decision, Plan
 from autocompress.techniques import TECHNIQUES
 from autocompress.techniques.technique import (
@@ -30,10 +31,22 @@ from autocompress.techniques.technique import (
 )
 
 
-def stitch(bank: Bank, plan: Plan) -> nn.Module:
-    """The network that a plan describes, in evaluation mode; the original is not changed.
+@final
+@dataclass(frozen=True)
+class Stitched:
+    """A candidate network in evaluation mode, its batch norms still those of the original.
 
-    Batch-norm statistics are still those of the original: see `recover.repair_batch_norm`.
+    Attributes:
+        kept_channels: for every batch norm that lost channels, the original numbers of those
+            that it kept.
+    """
+
+    network: nn.Module
+    kept_channels: Mapping[str, tuple[int, ...]]
+
+
+def stitch(bank: Bank, plan: Plan) -> Stitched:
+    """Put the network together that a plan describes; the original is not changed.
 
     Raises:
         PlanError: the plan names a layer or group that the network does not have.
@@ -50,7 +63,18 @@ def stitch(bank: Bank, plan: Plan) -> nn.Module:
             if isinstance(technique, LayerTechnique) and technique.stage is stage:
                 for target, decision in plan.of(technique.name).items():
                     _apply(bank, network, technique, (target, decision), sides)
-    return network.eval()
+    return Stitched(network.eval(), _kept_norm_channels(bank.network, sides))
+
+
+def _kept_norm_channels(
+    network: nn.Module, sides: Mapping[tuple[str, Side], list[int]]
+) -> dict[str, tuple[int, ...]]:
+    kept = {}
+    for (name, _), removed in sides.items():
+        module = network.get_submodule(name)
+        if isinstance(module, NORM_TYPES):
+            kept[name] = tuple(_complement(module.num_features, removed))
+    return kept
 
 
 def _removals(
@@ -93,7 +117,7 @@ def _prune(bank: Bank, network: nn.Module, removals: Sequence[Removal]) -> None:
 
 
 def kept_columns(
-    bank: Bank, layer: str, sides: Mapping[tuple[str, str], list[int]]
+    bank: Bank, layer: str, sides: Mapping[tuple[str, Side], list[int]]
 ) -> tuple[int, ...]:
     """Columns of a layer's unfolded weight that stay after its input channels were removed."""
     known = bank.graph.layer(layer)
@@ -112,7 +136,7 @@ def _apply(
     network: nn.Module,
     technique: LayerTechnique,
     step: tuple[str, Decision],
-    sides: Mapping[tuple[str, str], list[int]],
+    sides: Mapping[tuple[str, Side], list[int]],
 ) -> None:
     target, decision = step
     if target not in {layer.name for layer in bank.graph.layers}:
@@ -148,7 +172,7 @@ def _apply(
 
 
 def _current_problem(
-    bank: Bank, name: str, module: nn.Module, sides: Mapping[tuple[str, str], list[int]]
+    bank: Bank, name: str, module: nn.Module, sides: Mapping[tuple[str, Side], list[int]]
 ) -> LayerProblem:
     """The problem of a layer as it stands after pruning."""
     original = bank.graph.layer(name)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import final
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from autocompress.files import write_whole
 from autocompress.techniques.technique import Variant
 
 
@@ -71,9 +71,7 @@ class VariantStore:
         self._hold(key, variant)
         if lasting:
             path = self._path(key)
-            partial = path.with_suffix(f".{os.getpid()}.part")
-            save_file({k: v.contiguous() for k, v in variant.items()}, partial, {"key": key})
-            partial.replace(path)
+            write_whole(path, save({k: v.contiguous() for k, v in variant.items()}, {"key": key}))
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors"

@@ -1,5 +1,5 @@
 """Repair and recovery of a stitched network."""
 
-from autocompress.recover.normalization import repair_batch_norm
+from autocompress.recover.normalization import BatchNormRepair
 
-__all__ = ["repair_batch_norm"]
+__all__ = ["BatchNormRepair"]

@@ -1,0 +1,201 @@
+"""The command line: thin, with progress, tables of at most 100 columns, and exit codes.
+
+Exit codes: 0 done, 1 nothing fits the limits of `pick`, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from autocompress.errors import AutocompressError, NoFitError
+
+_WIDTH = 100
+_BAD_INPUT, _NO_FIT, _INTERRUPTED = 2, 1, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Compress a trained network for your device: search, look at the front, pick a model.\n\n"
+    "Example: autocompress search experiments/digits.yaml --trials 40",
+)
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    context.obj = debug
+
+
+@app.command()
+def search(
+    experiment: Annotated[Path, typer.Argument(help="An experiment's YAML file.")],
+    run: Annotated[
+        Path | None, typer.Option(help="Run folder; by default runs/NAME of the experiment.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="Candidates to try in all.")] = None,
+    time: Annotated[
+        str | None, typer.Option(help="Time in all, such as 90s, 10m or 1h30m.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the search.")] = None,
+) -> None:
+    """Search for compressed models, or go on where an earlier call ended or was killed.
+
+    Example: autocompress search experiments/digits.yaml --trials 40
+    """
+    from autocompress.report.progress import SearchDisplay
+    from autocompress.search import Options, run_search
+
+    with SearchDisplay() as display:
+        front = run_search(experiment, Options(run, trials, time, seed), display)
+    console = _console()
+    _print_front(front.run, console)
+    console.print(
+        f"\nThe front is in {front.run}/front.csv. Pick a model with, for example:\n"
+        f"  autocompress pick {front.run} --max-drop 1 --out picked",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+
+
+@app.command()
+def front(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print every row as JSON instead of tables.")
+    ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show dominated points too.")
+    ] = False,
+) -> None:
+    """Show the front of a run.
+
+    Example: autocompress front runs/digits --json
+    """
+    from autocompress.report.columns import front_rows, read_front
+
+    if as_json:
+        print(json.dumps(front_rows(read_front(run)), indent=1))
+    else:
+        _print_front(run, _console(), everything=everything)
+
+
+@app.command()
+def pick(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model and its card.")],
+    max_latency_ms: Annotated[
+        float | None, typer.Option(help="Median latency on the device.")
+    ] = None,
+    min_speedup: Annotated[
+        float | None, typer.Option(help="Times faster than the original.")
+    ] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Percentage points lost on the test split.")
+    ] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Size of the model file.")] = None,
+    knee: Annotated[bool, typer.Option("--knee", help="Take the knee of the front.")] = False,
+) -> None:
+    """Hand out one model of a run with a JSON card that says what it is.
+
+    Picks among the finalists; all limits must hold. With --max-drop and no latency or speed-up
+    limit: the fastest; with other limits: the most accurate; with --knee: the knee.
+
+    Example: autocompress pick runs/digits --max-drop 1 --out picked
+    """
+    from autocompress.report.columns import read_front
+    from autocompress.report.hand_out import hand_out
+    from autocompress.report.pick import Limits
+    from autocompress.report.pick import pick as choose
+
+    limits = Limits(max_latency_ms, min_speedup, max_drop, max_bytes)
+    choice = choose(read_front(run), limits, knee=knee)
+    target = hand_out(run, choice, out)
+    console = _console()
+    console.print(choice.reason, highlight=False)
+    console.print(f"model: {target}\ncard:  {target.with_suffix('.json')}", soft_wrap=True,
+                  highlight=False)  # fmt: skip
+
+
+@app.command()
+def profile(
+    device: Annotated[str, typer.Argument(help="A device profile: short name or YAML file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Show what a device is and measure what it rewards.
+
+    Example: autocompress profile cpu
+    """
+    from autocompress.device import fingerprint, load_profile
+    from autocompress.measure.probe import probe
+    from autocompress.measure.runtime import runtime_for
+    from autocompress.report.device import device_table
+
+    wanted = load_profile(device)
+    runtime_for(wanted.runtime).check_available(wanted.runtime)
+    with tempfile.TemporaryDirectory() as scratch:
+        if not as_json:
+            print("measuring ...", file=sys.stderr)
+        report = probe(wanted, Path(scratch), 0)
+    if as_json:
+        facts = fingerprint(wanted).model_dump(mode="json")
+        print(json.dumps({"device": facts, "probe": report.to_dict()}, indent=1))
+    else:
+        _console().print(device_table(wanted, fingerprint(wanted), report))
+
+
+def _console() -> Console:
+    console = Console()
+    # A log file has no width of its own; a narrower terminal keeps its own.
+    return Console(width=min(console.width, _WIDTH) if console.is_terminal else _WIDTH)
+
+
+def _print_front(run: Path, console: Console, *, everything: bool = False) -> None:
+    from autocompress.report.chart import front_chart
+    from autocompress.report.columns import read_device, read_front
+    from autocompress.report.tables import front_table
+
+    frame, device = read_front(run), read_device(run)
+    where = f"{device.cpu_model}, {device.runtime} {device.runtime_version}, {device.threads} thread"
+    width = console.width
+    console.print(front_table(frame, device=where, everything=everything, width=width))
+    console.print(front_chart(frame, width=width))
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    debug = "--debug" in sys.argv
+    try:
+        app(args=_hoist_debug(sys.argv[1:]), standalone_mode=False)
+    except AutocompressError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(_NO_FIT if isinstance(error, NoFitError) else _BAD_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        # Typer's own complaints about the command line carry their message and exit code.
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        sys.exit(getattr(error, "exit_code", _BAD_INPUT))
+
+
+def _hoist_debug(arguments: list[str]) -> list[str]:
+    """Let --debug stand anywhere in the line."""
+    rest = [a for a in arguments if a != "--debug"]
+    return ["--debug", *rest] if len(rest) < len(arguments) else rest

@@ -1,0 +1,311 @@
+"""From a plan to an artifact to figures: every figure comes from the file that ships."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, final
+
+import onnx
+
+from autocompress.bank import Bank, stitch
+from autocompress.config import CalibrationSettings
+from autocompress.device import DeviceProfile, all_cores
+from autocompress.export import Exporter, quantize, stock_int8
+from autocompress.files import write_json, write_whole
+from autocompress.graph import NetworkGraph
+from autocompress.measure.client import Worker
+from autocompress.measure.measurement import Measurement
+from autocompress.measure.memory import peak_memory_bytes
+from autocompress.measure.statistics import PairedLatency
+from autocompress.plan import Plan
+from autocompress.recover import BatchNormRepair
+from autocompress.workload import Split, Workload, network_outputs, score, score_standard_error
+
+ORIGINAL = "original"
+STOCK_INT8 = "stock_int8"
+SplitName = Literal["search", "test"]
+
+_SCORING_BATCH = 64
+_PARITY_SAMPLES = 8
+_RANGE_SAMPLES = 64
+_CONFIDENCE_SIGMAS = 1.96
+
+
+@final
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of one candidate on one split.
+
+    Attributes:
+        candidate: `original`, `stock_int8`, or the plan's hash.
+        plan: rows of `Plan.to_rows`.
+        split: which split the metric was taken on.
+        metric: the user's metric through the device's runtime.
+        latency: milliseconds per run at the profile's batch size.
+        speedup: baseline over candidate, measured in turn.
+        file_bytes: size of the ONNX file.
+        peak_memory_bytes: peak resident bytes of a fresh process, net of the runtime itself.
+        artifact: path of the ONNX file relative to the run folder.
+        details: parity, integer layers, whether the skeleton fitted, the load and clock.
+        seconds: what each step took.
+    """
+
+    candidate: str
+    plan: tuple[Mapping[str, Any], ...]
+    split: SplitName
+    metric: Measurement
+    latency: Measurement
+    speedup: Measurement
+    file_bytes: int
+    peak_memory_bytes: int
+    artifact: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Evaluation:
+        """Read back what `to_dict` wrote."""
+        fields = dict(data)
+        for name in ("metric", "latency", "speedup"):
+            fields[name] = Measurement.from_dict(fields[name])
+        fields["plan"] = tuple(fields["plan"])
+        return Evaluation(**fields)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the latency's interval met the profile's target."""
+        return self.latency.trusted
+
+
+@final
+@dataclass(frozen=True)
+class Artifact:
+    """A candidate's file, with what was noticed while it was made."""
+
+    path: Path
+    details: Mapping[str, Any]
+    seconds: Mapping[str, float]
+
+
+@final
+class Evaluator:
+    """Builds and measures candidates of one workload on one device.
+
+    A context manager: its measuring workers end with it.
+
+    Args:
+        workload: checked; its network is in evaluation mode.
+        graph: the network's structure.
+        bank: calibrated.
+        profile: the device.
+        settings: how many calibration samples each step reads.
+        folder: the run folder; files go to `artifacts/`, `measurements/` and `scratch/`.
+
+    Raises:
+        ExportError: the original network cannot be exported.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        graph: NetworkGraph,
+        bank: Bank,
+        profile: DeviceProfile,
+        settings: CalibrationSettings,
+        folder: Path,
+    ) -> None:
+        self._workload = workload
+        self._graph = graph
+        self._bank = bank
+        self._profile = profile
+        self._folder = folder
+        self._calibration = workload.calibration.inputs
+        parity = tuple(x[:_PARITY_SAMPLES] for x in self._calibration)
+        self._exporter = Exporter(bank.network, graph, workload.example_inputs, parity)
+        self._repair = BatchNormRepair(
+            bank.network, tuple(x[: settings.repair_samples] for x in self._calibration)
+        )
+        (folder / "artifacts").mkdir(parents=True, exist_ok=True)
+        (folder / "measurements").mkdir(exist_ok=True)
+        scratch = folder / "scratch"
+        self._timing = Worker(profile, scratch)
+        self._scoring = Worker(all_cores(profile), scratch)
+        self._example = self._timing.store([x.numpy() for x in self._example_batch()])
+        self._splits: dict[SplitName, Path] = {}
+        self._original_outputs: dict[SplitName, tuple[Any, ...]] = {}
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the measuring workers."""
+        self._timing.close()
+        self._scoring.close()
+
+    @property
+    def device(self) -> str:
+        """The id of the device's fingerprint."""
+        return self._timing.device
+
+    def build_original(self) -> Artifact:
+        """The original network's file: the baseline of every speed-up."""
+        return self._build(ORIGINAL, Plan())
+
+    def build_stock(self) -> Artifact:
+        """The stock tool's int8 file of the original network.
+
+        Raises:
+            ExportError: the stock tool fails on this network.
+        """
+        target = self._artifact_path(STOCK_INT8)
+        clock = Stopwatch()
+        with clock.step("build"):
+            inputs = [x[:_RANGE_SAMPLES].numpy() for x in self._calibration]
+            original = self._artifact_path(ORIGINAL)
+            names = [i.name for i in onnx.load(original, load_external_data=False).graph.input]
+            stock_int8(original, target, names, inputs)
+        return Artifact(target, {}, clock.seconds)
+
+    def build(self, plan: Plan) -> Artifact:
+        """Stitch, repair, export and quantize a candidate.
+
+        Raises:
+            PlanError: the plan does not fit the network.
+            ExportError: the file is invalid or does not compute what the network computes.
+        """
+        return self._build(plan.hash, plan)
+
+    def measure(
+        self, candidate: str, plan: Plan, artifact: Artifact, split: SplitName, *, final: bool
+    ) -> Evaluation:
+        """Take every figure of a file.
+
+        Args:
+            final: use the profile's tighter limits for the latency.
+
+        Raises:
+            MeasurementError: the file crashes or hangs the runtime.
+            WorkloadError: the metric fails or is not finite.
+        """
+        clock = Stopwatch()
+        with clock.step("metric"):
+            metric = self._metric(artifact.path, split)
+        with clock.step("latency"):
+            paired = self._timing.compare(
+                self._artifact_path(ORIGINAL), artifact.path, self._example, final=final, seed=0
+            )
+        with clock.step("memory"):
+            memory = peak_memory_bytes(artifact.path, self._example, self._profile)
+        self._keep_samples(candidate, split, paired)
+        details = {
+            **artifact.details,
+            "load_average": paired.load_average,
+            "clock_mhz": paired.clock_mhz,
+            "latency_p95_ms": paired.candidate_p95_ms,
+            "latency_p99_ms": paired.candidate_p99_ms,
+        }
+        return Evaluation(
+            candidate=candidate,
+            plan=tuple(plan.to_rows()),
+            split=split,
+            metric=metric,
+            latency=paired.latency(),
+            speedup=paired.ratio(),
+            file_bytes=artifact.path.stat().st_size,
+            peak_memory_bytes=memory,
+            artifact=str(artifact.path.relative_to(self._folder)),
+            details=details,
+            seconds={**artifact.seconds, **clock.seconds},
+        )
+
+    def evaluate(self, plan: Plan) -> Evaluation:
+        """Build a candidate and take its figures on the search split."""
+        artifact = self.build(plan)
+        return self.measure(plan.hash, plan, artifact, "search", final=False)
+
+    def _build(self, name: str, plan: Plan) -> Artifact:
+        clock = Stopwatch()
+        with clock.step("stitch"):
+            stitched = stitch(self._bank, plan)
+        if plan.steps:
+            with clock.step("repair"):
+                self._repair(stitched.network, stitched.kept_channels)
+        with clock.step("export"):
+            floating = self._exporter.export(stitched.network)
+        with clock.step("quantize"):
+            inputs = [x[:_RANGE_SAMPLES].numpy() for x in self._calibration]
+            quantized = quantize(floating, inputs)
+        path = self._artifact_path(name)
+        with clock.step("write"):
+            write_whole(path, quantized.model.SerializeToString())
+        details = {
+            "parity": floating.parity,
+            "integer_layers": quantized.integer_layers,
+            "exported_afresh": floating.fresh,
+            "parameters": sum(p.numel() for p in stitched.network.parameters()),
+        }
+        return Artifact(path, details, clock.seconds)
+
+    def _metric(self, model: Path, split: SplitName) -> Measurement:
+        data = self._split(split)
+        if split not in self._splits:
+            self._splits[split] = self._scoring.store([x.numpy() for x in data.inputs])
+        outputs = self._scoring.predict(model, self._splits[split], _SCORING_BATCH)
+        metric = self._workload.metric
+        value = score(metric, outputs, data.targets, self._reference_outputs(split))
+        error = score_standard_error(metric, value, len(data))
+        spread = 0.0 if error is None else _CONFIDENCE_SIGMAS * error
+        low, high = (value - spread, value + spread) if error is not None else (math.nan, math.nan)
+        return Measurement(value, low, high, "metric", "measured", self.device)
+
+    def _reference_outputs(self, split: SplitName) -> tuple[Any, ...] | None:
+        if self._workload.metric != "agreement":
+            return None
+        if split not in self._original_outputs:
+            inputs = self._split(split).inputs
+            self._original_outputs[split] = network_outputs(self._bank.network, inputs)
+        return self._original_outputs[split]
+
+    def _split(self, split: SplitName) -> Split:
+        return self._workload.search_split if split == "search" else self._workload.test_split
+
+    def _example_batch(self) -> Sequence[Any]:
+        """One batch of real inputs: latency may depend on the data."""
+        size = self._profile.batch_size
+        inputs = self._workload.search_split.inputs
+        times = -(-size // len(inputs[0]))
+        return [x.repeat(times, *(1 for _ in x.shape[1:]))[:size] for x in inputs]
+
+    def _artifact_path(self, name: str) -> Path:
+        return self._folder / "artifacts" / f"{name}.onnx"
+
+    def _keep_samples(self, candidate: str, split: SplitName, paired: PairedLatency) -> None:
+        write_json(self._folder / "measurements" / f"{candidate}-{split}.json", paired.to_dict())
+
+
+@final
+class Stopwatch:
+    """Seconds by step name."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time the body of a `with` statement."""
+        start = self._clock()
+        yield
+        self.seconds[name] = round(self._clock() - start, 4)

@@ -1,0 +1,188 @@
+"""The Optuna study: the record of every trial, in the run folder's SQLite file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from autocompress.config import Objective, Sampler
+from autocompress.errors import RunFolderError
+from autocompress.evaluate import Evaluation
+from autocompress.plan import Plan
+from autocompress.search.front import MAXIMISE, objective_values
+from autocompress.search.space import Space
+
+_NAME = "autocompress"
+_EVALUATION = "evaluation"
+_PLAN = "plan_hash"
+_FAILURE = "failure"
+_DUPLICATE = "duplicate_of"
+_INTERRUPTED = "interrupted"
+_MOST_INTERRUPTIONS = 3
+_DUPLICATES_IN_A_ROW = 20
+
+
+@final
+@dataclass(frozen=True)
+class Proposal:
+    """A trial that waits for its figures."""
+
+    trial: Trial
+    plan: Plan
+
+
+@final
+class Study:
+    """Proposes plans and keeps what came of them; every change is on disk when a call returns.
+
+    Args:
+        database: path of the SQLite file, made if missing.
+        space: what may be chosen.
+        objectives: what is optimised.
+        sampler: how plans are proposed once the enqueued ones are used up.
+        seed: of the sampler.
+
+    Raises:
+        RunFolderError: the file is no study, or one with other objectives.
+    """
+
+    def __init__(
+        self,
+        database: Path,
+        space: Space,
+        objectives: Sequence[Objective],
+        sampler: Sampler,
+        seed: int,
+    ) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        directions = ["maximize" if MAXIMISE[name] else "minimize" for name in objectives]
+        try:
+            storage = RDBStorage(
+                f"sqlite:///{database}", engine_kwargs={"connect_args": {"timeout": 60}}
+            )
+            self._study = optuna.create_study(
+                study_name=_NAME, storage=storage, directions=directions, load_if_exists=True
+            )
+        except Exception as cause:
+            # Whatever the database layer raises, the file cannot serve as a study.
+            raise RunFolderError(
+                f"The study cannot be opened: {cause}",
+                given=database,
+                advice="give another folder with --run",
+            ) from cause
+        self._space = space
+        self._objectives = tuple(objectives)
+        self._sampler = sampler
+        self._seed = seed
+        self._distributions: dict[str, BaseDistribution] = {
+            p.name: IntDistribution(0, p.highest) for p in space.parameters
+        }
+        self._evaluations: dict[str, Evaluation] = {}
+        self._failures: dict[str, str] = {}
+        self._recover()
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """Finished trials' evaluations in order, each plan once."""
+        return list(self._evaluations.values())
+
+    @property
+    def failures(self) -> Mapping[str, str]:
+        """Plan hash and reason of every failed trial."""
+        return self._failures
+
+    @property
+    def finished(self) -> int:
+        """Trials that ended, well or with a reason; duplicates and interrupted ones don't count."""
+        return len(self._evaluations) + len(self._failures)
+
+    def enqueue(self, seeds: Sequence[Mapping[str, int]]) -> None:
+        """Put plans before those of the sampler, once per study."""
+        if len(self._study.get_trials(deepcopy=False)) == 0:
+            for seed in seeds:
+                values = {name: seed.get(name, 0) for name in self._distributions}
+                self._study.enqueue_trial(values)
+
+    def propose(self) -> Proposal | None:
+        """The next plan that was not tried yet; None when there seems to be none left."""
+        for attempt in range(2 * _DUPLICATES_IN_A_ROW):
+            exhausted = attempt >= _DUPLICATES_IN_A_ROW
+            self._study.sampler = self._make_sampler(attempt, uniform=exhausted)
+            trial = self._study.ask(self._distributions)
+            plan = self._space.plan(trial.params)
+            known = self._evaluations.get(plan.hash)
+            if known is None and plan.hash not in self._failures and plan.steps:
+                trial.set_user_attr(_PLAN, plan.hash)
+                return Proposal(trial, plan)
+            trial.set_user_attr(_DUPLICATE, plan.hash)
+            if known is None:
+                self._study.tell(trial, state=TrialState.FAIL)
+            else:
+                self._study.tell(trial, objective_values(known, self._objectives))
+        return None
+
+    def succeed(self, proposal: Proposal, evaluation: Evaluation) -> None:
+        """Record a finished evaluation."""
+        proposal.trial.set_user_attr(_EVALUATION, json.dumps(evaluation.to_dict()))
+        self._study.tell(proposal.trial, objective_values(evaluation, self._objectives))
+        self._evaluations[evaluation.candidate] = evaluation
+
+    def fail(self, proposal: Proposal, reason: str) -> None:
+        """Record a candidate that could not be built or measured."""
+        proposal.trial.set_user_attr(_FAILURE, reason)
+        self._study.tell(proposal.trial, state=TrialState.FAIL)
+        self._failures[proposal.plan.hash] = reason
+
+    def _recover(self) -> None:
+        """Take in what earlier calls finished; trials that were interrupted are tried again."""
+        interrupted: list[FrozenTrial] = []
+        for trial in self._study.get_trials(deepcopy=False):
+            found = trial.user_attrs.get(_EVALUATION)
+            if found is not None:
+                evaluation = Evaluation.from_dict(json.loads(found))
+                if trial.state == TrialState.RUNNING:
+                    # Killed between keeping the figures and closing the trial.
+                    self._study.tell(
+                        trial.number, objective_values(evaluation, self._objectives)
+                    )
+                self._evaluations[evaluation.candidate] = evaluation
+            elif _FAILURE in trial.user_attrs:
+                if trial.state == TrialState.RUNNING:
+                    self._study.tell(trial.number, state=TrialState.FAIL)
+                self._failures[trial.user_attrs[_PLAN]] = trial.user_attrs[_FAILURE]
+            elif trial.state == TrialState.RUNNING:
+                interrupted.append(trial)
+        for trial in interrupted:
+            self._study.tell(trial.number, state=TrialState.FAIL)
+            self._retry(trial)
+
+    def _retry(self, trial: FrozenTrial) -> None:
+        times = int(trial.user_attrs.get(_INTERRUPTED, 0)) + 1
+        if _DUPLICATE in trial.user_attrs or len(trial.params) < len(self._distributions):
+            return
+        plan = self._space.plan(trial.params)
+        if times > _MOST_INTERRUPTIONS:
+            # A plan that ends the whole process each time must not stop the search for good.
+            self._failures[plan.hash] = f"the search was interrupted {times} times while trying it"
+            return
+        self._study.enqueue_trial(trial.params, user_attrs={_INTERRUPTED: times})
+
+    def _make_sampler(self, attempt: int, *, uniform: bool) -> BaseSampler:
+        """A sampler whose seed depends on what is finished only, so that a resumed run agrees."""
+        entropy = np.random.SeedSequence([self._seed, self.finished, attempt])
+        seed = int(entropy.generate_state(1)[0])
+        if uniform or self._sampler == "random":
+            return RandomSampler(seed=seed)
+        if self._sampler == "nsga2":
+            return NSGAIISampler(seed=seed)
+        return TPESampler(seed=seed, n_startup_trials=8, multivariate=True)
