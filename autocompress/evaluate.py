@@ -131,9 +131,7 @@ class Evaluator:
         self._calibration = workload.calibration.inputs
         parity = tuple(x[:_PARITY_SAMPLES] for x in self._calibration)
         self._exporter = Exporter(bank.network, graph, workload.example_inputs, parity)
-        self._repair = BatchNormRepair(
-            bank.network, tuple(x[: settings.repair_samples] for x in self._calibration)
-        )
+        self._repair = BatchNormRepair(bank.network, self._calibration, settings.repair_samples)
         (folder / "artifacts").mkdir(parents=True, exist_ok=True)
         (folder / "measurements").mkdir(exist_ok=True)
         scratch = folder / "scratch"

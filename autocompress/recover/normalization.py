@@ -1,4 +1,4 @@
-"""Batch-norm statistics matched to a changed network, which undoes most of compression's harm."""
+"""Batch-norm statistics re-estimated for a changed network, which undoes most of its harm."""
 
 from __future__ import annotations
 
@@ -11,44 +11,53 @@ from torch import Tensor, nn
 
 from autocompress.graph.layers import NORM_TYPES
 
-# A channel that hardly varies says nothing about how the variance has changed.
-_SMALLEST_VARIANCE = 1e-10
+# Where the estimate for a channel's variance falls below this share of the sample's, the sample's
+# own is taken: the control variate may overshoot on a channel that has little in common with it.
+_SMALLEST_SHARE = 0.25
+_TINY = 1e-12
+_BATCH = 128
 
 
 @final
 @dataclass(frozen=True)
-class _Moments:
-    """Mean and variance per channel of a batch norm's input, each of shape (channels,)."""
+class _Observed:
+    """First and second moment of a batch norm's input, per sample and channel: (n, channels)."""
 
-    mean: Tensor
-    variance: Tensor
+    first: Tensor
+    second: Tensor
 
 
 @final
 class BatchNormRepair:
-    """Re-estimates batch-norm statistics from few samples, without the noise of few samples.
+    """Re-estimates batch-norm statistics from few samples with the accuracy of many.
 
-    The original network is run on the same samples: how its moments there differ from its running
-    statistics is sampling error, which the changed network shares. Only the *change* of the moments
-    enters the new statistics (a control variate), so an unchanged network keeps its own exactly.
+    The original network's moments over all samples are taken once. For a changed network, run on
+    the first few samples only, they are control variates (Lavenberg & Welch 1981): the estimate is
+    `m + b (m0_all - m0)` with the changed network's sample moment m, the original's m0 on the same
+    samples, and the regression coefficient b between the two over the samples.
 
     Args:
         original: in evaluation mode.
-        inputs: calibration inputs, n samples in dimension 0.
+        inputs: calibration inputs in dimension 0.
+        samples: how many of them a changed network is run on.
     """
 
-    def __init__(self, original: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._inputs = inputs
-        self._sample: dict[str, _Moments] = {}
-        self._running: dict[str, _Moments] = {}
-        for name, norm in _norms(original):
-            mean, variance = norm.running_mean, norm.running_var
-            self._running[name] = _Moments(mean.double(), variance.double())
+    def __init__(self, original: nn.Module, inputs: tuple[Tensor, ...], samples: int) -> None:
+        self._inputs = tuple(x[:samples] for x in inputs)
+        self._before: dict[str, _Observed] = {}
+        self._all: dict[str, _Observed] = {}
+        batches: dict[str, list[_Observed]] = {}
 
-        def observe(name: str, norm: Any, x: Tensor) -> None:
-            self._sample[name] = _moments(x)
+        def keep(name: str, norm: Any, x: Tensor) -> None:
+            batches.setdefault(name, []).append(_observe(x))
 
-        self._run(original, observe)
+        for start in range(0, len(inputs[0]), _BATCH):
+            _run(original, tuple(x[start : start + _BATCH] for x in inputs), keep)
+        for name, parts in batches.items():
+            first = torch.cat([part.first for part in parts])
+            second = torch.cat([part.second for part in parts])
+            self._before[name] = _Observed(first[:samples], second[:samples])
+            self._all[name] = _Observed(first.mean(0), second.mean(0))
 
     def __call__(self, network: nn.Module, kept_channels: Mapping[str, Sequence[int]]) -> None:
         """Set a changed network's statistics, layer after layer in one pass, in place.
@@ -59,29 +68,35 @@ class BatchNormRepair:
         """
 
         def repair(name: str, norm: Any, x: Tensor) -> None:
-            kept = list(kept_channels.get(name, range(len(self._running[name].mean))))
-            sample, running = self._sample[name], self._running[name]
-            base, spread = sample.mean[kept], sample.variance[kept]
-            now = _moments(x)
-            ratio = now.variance / spread.clamp(min=_SMALLEST_VARIANCE)
-            ratio = torch.where(spread > _SMALLEST_VARIANCE, ratio, torch.ones_like(ratio))
-            offset = (running.mean[kept] - base) * ratio.sqrt()
-            norm.running_mean.copy_(now.mean + offset)
-            norm.running_var.copy_(running.variance[kept] * ratio)
+            true, before = self._all[name], self._before[name]
+            kept = list(kept_channels.get(name, range(len(true.first))))
+            now = _observe(x)
+            mean = _controlled(now.first, before.first[:, kept], true.first[kept])
+            second = _controlled(now.second, before.second[:, kept], true.second[kept])
+            sample = now.second.mean(0) - now.first.mean(0).square()
+            variance = second - mean.square()
+            sound = variance > _SMALLEST_SHARE * sample
+            norm.running_mean.copy_(torch.where(sound, mean, now.first.mean(0)))
+            norm.running_var.copy_(torch.where(sound, variance, sample))
 
-        self._run(network, repair)
+        _run(network, self._inputs, repair)
 
-    def _run(self, network: nn.Module, visit: Callable[[str, Any, Tensor], None]) -> None:
-        def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda module, args: visit(name, module, args[0])
 
-        handles = [norm.register_forward_pre_hook(hook(name)) for name, norm in _norms(network)]
-        try:
-            with torch.no_grad():
-                network(*self._inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+def _run(
+    network: nn.Module, inputs: tuple[Tensor, ...], visit: Callable[[str, Any, Tensor], None]
+) -> None:
+    """Run a network and visit each batch norm just before it does its work."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: visit(name, module, args[0])
+
+    handles = [norm.register_forward_pre_hook(hook(name)) for name, norm in _norms(network)]
+    try:
+        with torch.no_grad():
+            network(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _norms(network: nn.Module) -> list[tuple[str, Any]]:
@@ -92,8 +107,17 @@ def _norms(network: nn.Module) -> list[tuple[str, Any]]:
     ]
 
 
-def _moments(x: Tensor) -> _Moments:
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    # Single precision is enough for a few hundred thousand values, and twice as fast.
-    variance, mean = torch.var_mean(x, axes, correction=0)
-    return _Moments(mean.double(), variance.double())
+def _observe(x: Tensor) -> _Observed:
+    flat = x.reshape(x.shape[0], x.shape[1], -1)
+    first = flat.mean(2)
+    # Centred per sample before squaring: float32 would lose small variances around large means.
+    second = flat.var(2, correction=0) + first.square()
+    return _Observed(first.double(), second.double())
+
+
+def _controlled(values: Tensor, control: Tensor, true: Tensor) -> Tensor:
+    """The mean of values, shape (n, c), improved by a control of known mean, shape (c,)."""
+    centred = control - control.mean(0)
+    covariance = ((values - values.mean(0)) * centred).sum(0)
+    coefficient = covariance / centred.square().sum(0).clamp(min=_TINY)
+    return values.mean(0) + coefficient * (true - control.mean(0))
