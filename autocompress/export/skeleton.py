@@ -7,6 +7,7 @@ not in the graph, so one skeleton serves every pruning; a decomposed layer becom
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,7 +54,39 @@ def export_graph(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> onnx
     finally:
         logger.setLevel(level)
     assert program is not None
-    return slim(program.model_proto)
+    model = program.model_proto
+    free_flattened_channels(model)
+    return slim(model)
+
+
+def free_flattened_channels(model: onnx.ModelProto) -> None:
+    """Let a flatten take any number of channels, in place.
+
+    The exporter writes `[-1, features]`; `[0, -1]` means the same and fits pruned networks too.
+    """
+    shapes = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.value_info)
+    }
+    constants = {i.name: i for i in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "Reshape" or node.input[1] not in constants:
+            continue
+        source = shapes.get(node.input[0], [])
+        wanted = numpy_helper.to_array(constants[node.input[1]]).tolist()
+        features = [size for size in source[1:] if isinstance(size, int)]
+        keeps_batch = bool(source) and isinstance(source[0], str) and (
+            len(features) == len(source) - 1 and wanted == [-1, math.prod(features)]
+        )
+        if keeps_batch:
+            name = f"{node.output[0]}_shape"
+            model.graph.initializer.append(numpy_helper.from_array(np.array([0, -1]), name))
+            node.input[1] = name
+            _set_attribute(node, "allowzero", 0)
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [i for i in model.graph.initializer if i.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
 
 
 def slim(model: onnx.ModelProto) -> onnx.ModelProto:

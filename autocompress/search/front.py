@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -85,8 +85,8 @@ def build_front(
 ) -> Front:
     """Join what the search measured with what the final judging did.
 
-    Points that were judged on the test split count with those figures, and only they can be on the
-    front once there are any; until then the search's own figures decide.
+    Finalists were measured again, and only they can be on the front once there are any. The metric
+    that decides is always the search split's: choosing by the test split would spoil its verdict.
 
     Args:
         searched: evaluations on the search split, the reference points first.
@@ -94,10 +94,11 @@ def build_front(
     """
     by_name = {e.candidate: e for e in searched}
     final = {e.candidate: e for e in judged}
-    eligible = judged if any(_is_ours(e) for e in judged) else searched
-    members = {
-        e.candidate for e, on in zip(eligible, front_mask(eligible, objectives), strict=True) if on
-    }
+    eligible = list(by_name.values())
+    if any(_is_ours(e) for e in judged):
+        eligible = [replace(e, metric=by_name[e.candidate].metric) for e in judged]
+    mask = front_mask(eligible, objectives)
+    members = {e.candidate for e, on in zip(eligible, mask, strict=True) if on}
     original = final.get(ORIGINAL)
     rows = []
     for name, evaluation in by_name.items():
