@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from autocompress import search as search
-    from autocompress.search import Front as Front
+    from autocompress.search.front import Front as Front
     from autocompress.workload import Split as Split
     from autocompress.workload import Workload as Workload
 

@@ -54,12 +54,14 @@ def search(
     Example: autocompress search experiments/digits.yaml --trials 40
     """
     from autocompress.report.progress import SearchDisplay
-    from autocompress.search import Options, run_search
+    from autocompress.search.prepare import Options
+    from autocompress.search.run import run_search
 
     with SearchDisplay() as display:
         front = run_search(experiment, Options(run, trials, time, seed), display)
     console = _console()
     _print_front(front.run, console)
+    _print_failures(front.run, console)
     console.print(
         f"\nThe front is in {front.run}/front.csv. Pick a model with, for example:\n"
         f"  autocompress pick {front.run} --max-drop 1 --out picked",
@@ -73,9 +75,7 @@ def front(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print every row as JSON instead of tables.")
     ] = False,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Show dominated points too.")
-    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Show dominated points too.")] = False,
 ) -> None:
     """Show the front of a run.
 
@@ -90,7 +90,7 @@ def front(
 
 
 @app.command()
-def pick(
+def pick(  # noqa: PLR0913 - every parameter is an option of the command
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     out: Annotated[Path, typer.Option(help="Folder for the model and its card.")],
     max_latency_ms: Annotated[
@@ -165,10 +165,21 @@ def _print_front(run: Path, console: Console, *, everything: bool = False) -> No
     from autocompress.report.tables import front_table
 
     frame, device = read_front(run), read_device(run)
-    where = f"{device.cpu_model}, {device.runtime} {device.runtime_version}, {device.threads} thread"
+    where = (
+        f"{device.cpu_model}, {device.runtime} {device.runtime_version}, {device.threads} thread"
+    )
     width = console.width
     console.print(front_table(frame, device=where, everything=everything, width=width))
     console.print(front_chart(frame, width=width))
+
+
+def _print_failures(run: Path, console: Console) -> None:
+    path = run / "failures.json"
+    if path.is_file():
+        failures = json.loads(path.read_text(encoding="utf-8"))
+        first = next(iter(failures.values())).splitlines()[0]
+        text = f"{len(failures)} candidates failed; reasons are in {path}. The first: {first}"
+        console.print(text, highlight=False, markup=False)
 
 
 def main() -> None:

@@ -16,10 +16,28 @@ from autocompress.config import Strict, find_named, read_yaml, validate
 from autocompress.errors import ConfigError, DeviceError
 
 # Instruction sets that change which kernels a runtime picks.
-_KERNEL_FLAGS = (
-    "sse4_2 avx avx2 fma avx512f avx512bw avx512vl avx512_vnni avx_vnni avx512_bf16 avx512_fp16 "
-    "amx_tile amx_int8 amx_bf16 asimd asimddp i8mm bf16 sve sve2"
-).split()
+_KERNEL_FLAGS = [
+    "sse4_2",
+    "avx",
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+    "sve2",
+]
 
 
 class RuntimeSettings(Strict):

@@ -68,6 +68,11 @@ class MeasurementError(AutocompressError):
 
 
 @final
+class SearchError(AutocompressError):
+    """A search in which nothing works."""
+
+
+@final
 class RunFolderError(AutocompressError):
     """A run folder that belongs to another experiment or device, or that holds no result."""
 

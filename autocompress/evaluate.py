@@ -26,13 +26,14 @@ from autocompress.plan import Plan
 from autocompress.recover import BatchNormRepair
 from autocompress.workload import Split, Workload, network_outputs, score, score_standard_error
 
-ORIGINAL = "original"
-STOCK_INT8 = "stock_int8"
+# The artifact that every speed-up is relative to.
+BASELINE = "original"
 SplitName = Literal["search", "test"]
 
 _SCORING_BATCH = 64
 _PARITY_SAMPLES = 8
 _RANGE_SAMPLES = 64
+_STOCK_SAMPLES = 256
 _CONFIDENCE_SIGMAS = 1.96
 
 
@@ -159,19 +160,19 @@ class Evaluator:
 
     def build_original(self) -> Artifact:
         """The original network's file: the baseline of every speed-up."""
-        return self._build(ORIGINAL, Plan())
+        return self._build(BASELINE, Plan())
 
-    def build_stock(self) -> Artifact:
-        """The stock tool's int8 file of the original network.
+    def build_stock(self, name: str) -> Artifact:
+        """The stock tool's int8 file of the original network, under the given name.
 
         Raises:
             ExportError: the stock tool fails on this network.
         """
-        target = self._artifact_path(STOCK_INT8)
+        target = self._artifact_path(name)
         clock = Stopwatch()
         with clock.step("build"):
-            inputs = [x[:_RANGE_SAMPLES].numpy() for x in self._calibration]
-            original = self._artifact_path(ORIGINAL)
+            inputs = [x[:_STOCK_SAMPLES].numpy() for x in self._calibration]
+            original = self._artifact_path(BASELINE)
             names = [i.name for i in onnx.load(original, load_external_data=False).graph.input]
             stock_int8(original, target, names, inputs)
         return Artifact(target, {}, clock.seconds)
@@ -202,7 +203,7 @@ class Evaluator:
             metric = self._metric(artifact.path, split)
         with clock.step("latency"):
             paired = self._timing.compare(
-                self._artifact_path(ORIGINAL), artifact.path, self._example, final=final, seed=0
+                self._artifact_path(BASELINE), artifact.path, self._example, final=final, seed=0
             )
         with clock.step("memory"):
             memory = peak_memory_bytes(artifact.path, self._example, self._profile)

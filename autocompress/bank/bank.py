@@ -39,7 +39,9 @@ class Bank:
         folder: where variants are kept; those of another network or calibration are not read.
     """
 
-    def __init__(self, network: nn.Module, graph: NetworkGraph, multiple: int, folder: Path) -> None:
+    def __init__(
+        self, network: nn.Module, graph: NetworkGraph, multiple: int, folder: Path
+    ) -> None:
         self.network = network
         self.graph = graph
         self.multiple = multiple

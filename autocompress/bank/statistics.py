@@ -15,7 +15,9 @@ from autocompress.techniques.technique import LayerStatistics
 _BATCH = 64
 
 
-def unfold_inputs(module: nn.Module, inputs: Tensor, generator: torch.Generator, rows: int) -> Tensor:
+def unfold_inputs(
+    module: nn.Module, inputs: Tensor, generator: torch.Generator, rows: int
+) -> Tensor:
     """A layer's input rows as its unfolded weight sees them, shape (at most rows, in_features).
 
     Where there are more, the same random output positions are taken from every sample.
@@ -41,7 +43,7 @@ def unfold_inputs(module: nn.Module, inputs: Tensor, generator: torch.Generator,
 
 def _pad(conv: nn.Conv2d, inputs: Tensor) -> Tensor:
     # The attribute is private but is the only place that resolves 'same' and per-side padding.
-    sides = cast(list[int], conv._reversed_padding_repeated_twice)
+    sides = conv._reversed_padding_repeated_twice
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     return F.pad(inputs, sides, mode=mode)
 
@@ -70,7 +72,9 @@ def collect_statistics(
             x = unfold_inputs(module, args[0].detach().float(), generator, rows)
             moment, mean = (x.T @ x).double(), x.sum(0, dtype=torch.float64)
             if name in sums:
-                sums[name] = [a + b for a, b in zip(sums[name], (moment, mean, len(x)), strict=True)]
+                sums[name] = [
+                    a + b for a, b in zip(sums[name], (moment, mean, len(x)), strict=True)
+                ]
             else:
                 sums[name] = [moment, mean, len(x)]
 

@@ -151,9 +151,7 @@ def _apply(
         context = make_key(cut) if any(cut) else ""
         problem = _current_problem(bank, target, module, sides)
         variant = bank.solve(technique, decision, problem, context)
-        network.set_submodule(
-            target, technique.install(module, variant, decision, bank.multiple)
-        )
+        network.set_submodule(target, technique.install(module, variant, decision, bank.multiple))
         return
     for index, part in enumerate(cast(nn.Sequential, module)):
         weight = cast(Tensor, part.weight).detach()

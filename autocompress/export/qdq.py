@@ -42,9 +42,7 @@ class _Range:
     zero_point: np.uint8
 
 
-def quantize(
-    floating: FloatModel, inputs: Sequence[NDArray[Any]]
-) -> QuantizedModel:
+def quantize(floating: FloatModel, inputs: Sequence[NDArray[Any]]) -> QuantizedModel:
     """Make a float model's chosen layers integer.
 
     Args:
@@ -96,9 +94,7 @@ def activation_range(values: NDArray[np.float32]) -> _Range:
 class _Rewriter:
     """Finds which tensors become integers, and rewrites the graph in place."""
 
-    def __init__(
-        self, graph: onnx.GraphProto, scales: Mapping[str, NDArray[np.float32]]
-    ) -> None:
+    def __init__(self, graph: onnx.GraphProto, scales: Mapping[str, NDArray[np.float32]]) -> None:
         self._graph = graph
         self._scales = scales
         self._outputs = {o.name for o in graph.output}
@@ -136,8 +132,10 @@ class _Rewriter:
         if node.op_type == "MatMul" and len(bias) == 1 and self._is_bias(bias[0]):
             name = str(bias[0].output[0])
         readers = self._readers.get(name, [])
-        if len(readers) == 1 and readers[0].op_type in _FUSED_ACTIVATIONS and (
-            name not in self._outputs
+        if (
+            len(readers) == 1
+            and readers[0].op_type in _FUSED_ACTIVATIONS
+            and (name not in self._outputs)
         ):
             return str(readers[0].output[0])
         return name
@@ -160,15 +158,15 @@ class _Rewriter:
             grid = ranges[node.input[0]]
             scale = self._weight_scale(weight, grid, values.get(bias))
             if weight not in done:
-                weight_nodes.append(
-                    _integer_weight(values.pop(weight), scale, axes[weight], added)
-                )
+                weight_nodes.append(_integer_weight(values.pop(weight), scale, axes[weight], added))
                 done.add(weight)
             node.input[1] = f"{weight}_dequantized"
             if bias in values and node.op_type != "MatMul":
                 scales = scale * grid.scale
-                weight_nodes.append(_integer_bias(values[bias], scales, added))
-                node.input[2] = f"{bias}_dequantized"
+                # Named after the node: a shared layer's bias has another scale at each call.
+                name = f"{node.output[0]}_bias"
+                weight_nodes.append(_integer_bias(name, values[bias], scales, added))
+                node.input[2] = f"{name}_dequantized"
         self._redirect(set(pairs))
         used = {name for node in self._graph.node for name in node.input}
         del self._graph.initializer[:]
@@ -183,7 +181,7 @@ class _Rewriter:
         if bias is None:
             return scale
         smallest = np.abs(numpy_helper.to_array(bias)) / (float(grid.scale) * 2.0**30)
-        return np.maximum(scale, smallest.astype(np.float32))
+        return np.asarray(np.maximum(scale, smallest), np.float32)
 
     def _activation_pair(
         self, name: str, grid: _Range, added: list[onnx.TensorProto]
@@ -234,7 +232,7 @@ def _integer_weight(
     shape[axis] = -1
     codes = np.clip(np.round(value / scale.reshape(shape)), -127, 127).astype(np.int8)
     names = [f"{weight.name}_quantized", f"{weight.name}_scale", f"{weight.name}_zero_point"]
-    arrays = (codes, scale, np.zeros(len(scale), np.int8))
+    arrays: tuple[NDArray[Any], ...] = (codes, scale, np.zeros(len(scale), np.int8))
     added += [numpy_helper.from_array(a, n) for a, n in zip(arrays, names, strict=True)]
     return helper.make_node(
         "DequantizeLinear", names, [f"{weight.name}_dequantized"], f"{weight.name}_dq", axis=axis
@@ -242,13 +240,15 @@ def _integer_weight(
 
 
 def _integer_bias(
-    bias: onnx.TensorProto, scale: NDArray[np.float32], added: list[onnx.TensorProto]
+    name: str, bias: onnx.TensorProto, scale: NDArray[np.float32], added: list[onnx.TensorProto]
 ) -> onnx.NodeProto:
     value = numpy_helper.to_array(bias).astype(np.float64)
     codes = np.round(value / scale.astype(np.float64)).astype(np.int32)
-    names = [f"{bias.name}_quantized", f"{bias.name}_scale", f"{bias.name}_zero_point"]
-    arrays = (codes, scale.astype(np.float32), np.zeros(len(scale), np.int32))
+    names = [f"{name}_quantized", f"{name}_scale", f"{name}_zero_point"]
+    arrays: tuple[NDArray[Any], ...] = (
+        codes, scale.astype(np.float32), np.zeros(len(scale), np.int32),
+    )  # fmt: skip
     added += [numpy_helper.from_array(a, n) for a, n in zip(arrays, names, strict=True)]
     return helper.make_node(
-        "DequantizeLinear", names, [f"{bias.name}_dequantized"], f"{bias.name}_dq", axis=0
+        "DequantizeLinear", names, [f"{name}_dequantized"], f"{name}_dq", axis=0
     )

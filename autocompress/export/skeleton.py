@@ -75,8 +75,10 @@ def free_flattened_channels(model: onnx.ModelProto) -> None:
         source = shapes.get(node.input[0], [])
         wanted = numpy_helper.to_array(constants[node.input[1]]).tolist()
         features = [size for size in source[1:] if isinstance(size, int)]
-        keeps_batch = bool(source) and isinstance(source[0], str) and (
-            len(features) == len(source) - 1 and wanted == [-1, math.prod(features)]
+        keeps_batch = (
+            bool(source)
+            and isinstance(source[0], str)
+            and (len(features) == len(source) - 1 and wanted == [-1, math.prod(features)])
         )
         if keeps_batch:
             name = f"{node.output[0]}_shape"

@@ -63,6 +63,8 @@ def stock_int8(
             result.replace(target)
     except Exception as cause:
         # The stock tool raises whatever its passes meet; the reference point is then left out.
-        raise ExportError(f"ONNX Runtime's static quantizer fails on this network: {cause}") from cause
+        raise ExportError(
+            f"ONNX Runtime's static quantizer fails on this network: {cause}"
+        ) from cause
     finally:
         root.setLevel(level)

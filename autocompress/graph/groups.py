@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast, final
+from typing import Any, Literal, final
 
 import torch
 import torch_pruning as tp
@@ -78,9 +78,21 @@ def remove_channels(network: nn.Module, removals: Sequence[Removal]) -> None:
     """Remove channels of several groups from the traced network or a copy of it, in place."""
     for (name, side), indices in removed_sides(removals).items():
         module = network.get_submodule(name)
+        if isinstance(module, nn.LayerNorm):
+            _cut_layer_norm(module, indices)
+            continue
         pruner = tp.pruner.function.PrunerBox[tp.ops.module2type(module)]
         cut = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
         cut(module, indices)
+
+
+def _cut_layer_norm(norm: nn.LayerNorm, indices: Sequence[int]) -> None:
+    # torch-pruning keeps a layer norm's channels in the order of a set, which is not ascending.
+    gone = set(indices)
+    keep = [i for i in range(norm.normalized_shape[-1]) if i not in gone]
+    norm.normalized_shape = (*norm.normalized_shape[:-1], len(keep))
+    for name, parameter in list(norm.named_parameters(recurse=False)):
+        setattr(norm, name, nn.Parameter(parameter.detach()[..., keep].clone()))
 
 
 def find_groups(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> tuple[ChannelGroup, ...]:
@@ -93,9 +105,10 @@ def find_groups(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> tuple
     """
     names: dict[Any, str] = {module: name for name, module in network.named_modules()}
     try:
-        graph = tp.DependencyGraph().build_dependency(
-            network, example_inputs=example_inputs, verbose=False
-        )
+        with torch.enable_grad():
+            graph = tp.DependencyGraph().build_dependency(
+                network, example_inputs=example_inputs, verbose=False
+            )
         raw = list(graph.get_all_groups())
     except Exception as cause:
         raise GraphError(
@@ -110,9 +123,9 @@ def find_groups(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> tuple
     with torch.no_grad():
         outputs = _output_shapes(network(*example_inputs))
         return tuple(
-            group if group.reason else replace(group, reason=_try_out(network, group, example_inputs, outputs))
+            replace(group, reason=group.reason or _try_out(network, group, example_inputs, outputs))
             for group in groups
-        )  # fmt: skip
+        )
 
 
 def _read_group(graph: Any, items: Any, names: dict[Any, str]) -> ChannelGroup:
@@ -142,9 +155,7 @@ def _read_group(graph: Any, items: Any, names: dict[Any, str]) -> ChannelGroup:
         members[(name, side, plain)] = Member(name, side, plain, len(plain) // root_size)
     order = {name: i for i, name in enumerate(names.values())}
     ordered = sorted(members.values(), key=lambda m: (m.side == "in", order[m.module]))
-    producers = [
-        m.module for m in ordered if m.side == "out" and _is_dense(names, m.module)
-    ]
+    producers = [m.module for m in ordered if m.side == "out" and _is_dense(names, m.module)]
     reason = reason or _mapping_fault(graph, items, ordered, names)
     if not any(m.side == "in" for m in ordered):
         reason = reason or "it is the network's output"
@@ -158,10 +169,8 @@ def _is_dense(names: dict[Any, str], name: str) -> bool:
     return isinstance(module, LAYER_TYPES) and getattr(module, "groups", 1) == 1
 
 
-def _mapping_fault(
-    graph: Any, items: Any, members: Sequence[Member], names: dict[Any, str]
-) -> str:
-    """Check the channel-to-index map against the dependency graph's own answer for single channels."""
+def _mapping_fault(graph: Any, items: Any, members: Sequence[Member], names: dict[Any, str]) -> str:
+    """Check the index map against the dependency graph's own answer for single channels."""
     root, handler = items[0].dep.target.module, items[0].dep.handler
     size = len(items[0].idxs)
     for channel in sorted({0, size // 2, size - 1}):
@@ -211,9 +220,9 @@ def dense_consumers(network: nn.Module, group: ChannelGroup) -> tuple[Member, ..
     found = []
     for member in group.members:
         module = network.get_submodule(member.module)
-        if member.side == "in" and isinstance(module, LAYER_TYPES):
-            if cast(int, getattr(module, "groups", 1)) == 1:
-                found.append(member)
+        dense = isinstance(module, LAYER_TYPES) and getattr(module, "groups", 1) == 1
+        if member.side == "in" and dense:
+            found.append(member)
     return tuple(found)
 
 

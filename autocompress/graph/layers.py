@@ -70,7 +70,7 @@ def observe_layers(network: nn.Module, example_inputs: Sequence[Tensor]) -> tupl
     def note(module: nn.Module, args: Any, output: Tensor) -> None:
         per_sample = output.numel() // output.shape[0]
         channels = module.out_features if isinstance(module, nn.Linear) else output.shape[1]
-        positions[module] = positions.get(module, 0) + per_sample // cast(int, channels)
+        positions[module] = positions.get(module, 0) + per_sample // channels
 
     handles = [
         module.register_forward_hook(note)

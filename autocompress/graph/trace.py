@@ -50,13 +50,15 @@ def trace(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> NetworkGrap
     Raises:
         GraphError: the network cannot be run or traced, or has no layer to compress.
     """
-    network = copy.deepcopy(network).eval()
+    # Dependencies are found through gradients, which a frozen network would not have.
+    network = copy.deepcopy(network).eval().requires_grad_(True)
     try:
         layers = observe_layers(network, example_inputs)
         norms = find_norms(network, example_inputs)
-    except (RuntimeError, ValueError, TypeError, IndexError) as cause:
+    except Exception as cause:
+        # A user's forward pass may raise anything.
         raise GraphError(
-            f"The network does not run on its example inputs: {cause}",
+            f"The network does not run on its example inputs: {type(cause).__name__}: {cause}",
             given=[tuple(x.shape) for x in example_inputs],
             advice="make network(*example_inputs) work first",
         ) from cause
@@ -72,8 +74,9 @@ def trace(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> NetworkGrap
 def find_norms(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> dict[str, str]:
     """Pairs of layer and batch norm where the norm is the only reader of the layer's output.
 
-    Found by running: the norm's input is the very tensor that the layer gave, each is called once,
-    and changing nothing else reads it (checked by perturbing the output between the two).
+    Found by running: the norm's input is the very tensor that the layer gave, with the channels in
+    the same dimension, each is called once, and nothing else reads it (checked by perturbing the
+    output between the two). Norms without running statistics are no partners.
     """
     names = {module: name for name, module in network.named_modules()}
     given: dict[int, tuple[nn.Module, Tensor]] = {}
@@ -87,11 +90,13 @@ def find_norms(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> dict[s
     def before_norm(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         calls[module] = calls.get(module, 0) + 1
         found = given.get(id(args[0]))
-        if found is not None and found[1] is args[0]:
+        if found is not None and found[1] is args[0] and _same_channels(found[0], module, args[0]):
             pairs[found[0]] = module
 
     handles = [
-        m.register_forward_hook(after_layer) for m in network.modules() if isinstance(m, LAYER_TYPES)
+        m.register_forward_hook(after_layer)
+        for m in network.modules()
+        if isinstance(m, LAYER_TYPES)
     ] + [
         m.register_forward_pre_hook(before_norm)
         for m in network.modules()
@@ -104,17 +109,36 @@ def find_norms(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> dict[s
         for handle in handles:
             handle.remove()
     single = {a: b for a, b in pairs.items() if calls[a] == 1 and calls[b] == 1}
-    sole = {a: b for a, b in single.items() if _only_reader(network, a, b, example_inputs, reference)}
+    sole = {
+        a: b for a, b in single.items() if _only_reader(network, a, b, example_inputs, reference)
+    }
     return {names[a]: names[b] for a, b in sole.items()}
 
 
+def _same_channels(layer: nn.Module, norm: nn.Module, between: Tensor) -> bool:
+    """Whether a norm scales the layer's output channels: a linear layer's come last, not second."""
+    tracked = isinstance(norm, NORM_TYPES) and norm.track_running_stats
+    return tracked and not (isinstance(layer, nn.Linear) and between.dim() > 2)
+
+
 def _only_reader(
-    network: nn.Module, layer: nn.Module, norm: nn.Module, inputs: tuple[Tensor, ...], reference: Any
+    network: nn.Module,
+    layer: nn.Module,
+    norm: nn.Module,
+    inputs: tuple[Tensor, ...],
+    reference: Any,
 ) -> bool:
-    """Whether shifting a layer's output and shifting it back inside the norm changes nothing."""
+    """Whether noise on a layer's output that is taken off inside the norm changes nothing."""
+    generator = torch.Generator().manual_seed(0)
+    noise: list[Tensor] = []
+
+    def perturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        noise.append(torch.randn(output.shape, generator=generator).to(output))
+        return output + noise[0]
+
     shift = [
-        layer.register_forward_hook(lambda m, a, out: out + 1.0),
-        norm.register_forward_pre_hook(lambda m, a: (a[0] - 1.0,)),
+        layer.register_forward_hook(perturb),
+        norm.register_forward_pre_hook(lambda m, a: (a[0] - noise[0],)),
     ]
     try:
         with torch.no_grad():

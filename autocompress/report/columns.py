@@ -13,14 +13,12 @@ from numpy.typing import NDArray
 from autocompress.config import validate
 from autocompress.device import Fingerprint
 from autocompress.errors import RunFolderError
+from autocompress.search.columns import COLUMNS, REFERENCES, ROLES
 
-REFERENCES = ("original", "stock_int8")
-ROLES = (*REFERENCES, "candidate", "finalist")
-COLUMNS = (
-    "candidate", "role", "on_front", "metric_search", "metric_test", "drop_test_pp", "latency_ms",
-    "speedup", "speedup_low", "speedup_high", "file_bytes", "peak_memory_bytes", "trusted",
-    "artifact", "plan_hash",
-)  # fmt: skip
+__all__ = [
+    "COLUMNS", "REFERENCES", "ROLES", "front_rows", "read_device", "read_front", "typed_front",
+]  # fmt: skip
+
 _TEXTS = ("candidate", "role", "artifact", "plan_hash")
 _FLAGS = ("on_front", "trusted")
 _BYTES = ("file_bytes", "peak_memory_bytes")

@@ -11,7 +11,9 @@ from autocompress.measure.statistics import PairedLatency
 
 def device_table(profile: DeviceProfile, device: Fingerprint, report: ProbeReport) -> Table:
     """The device, and its measured int8 speed-ups and noise floor; fits 100 columns."""
-    table = Table(title=f"Device '{profile.name}'", title_justify="left", show_header=False, width=100)
+    table = Table(
+        title=f"Device '{profile.name}'", title_justify="left", show_header=False, width=100
+    )
     table.add_column("", style="bold", no_wrap=True)
     table.add_column("")
     cores = ", ".join(map(str, profile.pinned_cores()))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from autocompress.device import Fingerprint
 from autocompress.errors import ConfigError, RunFolderError
+from autocompress.files import write_whole
 from autocompress.report.columns import read_device
 from autocompress.report.pick import Choice
 
@@ -96,14 +95,14 @@ def hand_out(run: Path, choice: Choice, out: Path) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not target.exists():
-            _write_whole(target, source)
+            write_whole(target, source.read_bytes())
         elif _sha256(target) != digest:
             raise ConfigError(
                 "There is another model of that name in the folder; it is not overwritten.",
                 given=target,
                 advice="give another folder to --out, or move the model away",
             )
-        _write_whole(out / f"{name}.json", text.encode())
+        write_whole(out / f"{name}.json", text.encode())
     except OSError as cause:
         raise ConfigError(f"The model cannot be written: {cause}", given=f"--out {out}") from cause
     return target
@@ -206,24 +205,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _write_whole(target: Path, content: Path | bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                with content.open("rb") as source:
-                    while block := source.read(_BLOCK):
-                        file.write(block)
-            # mkstemp makes files that only the owner may read.
-            part.chmod(0o644)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)

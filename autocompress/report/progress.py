@@ -113,6 +113,10 @@ class SearchDisplay:
             self._stage.done += steps
             self._line_if_due()
 
+    def note(self, text: str) -> None:
+        """Show one sentence that must not be missed; it stays above the bar."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def show_front(self, frame: pd.DataFrame) -> None:
         """Show the best front so far; `frame` has the columns of `front.csv`."""
         front = typed_front(frame)

@@ -8,11 +8,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import final
+from typing import TYPE_CHECKING, final
 
-from autocompress.search.front import Front
-from autocompress.search.progress import Progress
-from autocompress.search.run import Options, run_search
+if TYPE_CHECKING:
+    from autocompress.search.front import Front
 
 
 @final
@@ -28,11 +27,13 @@ class _CallableModule(ModuleType):
         time: str | None = None,
         seed: int | None = None,
     ) -> Front:
-        """Run or continue a search and return its front; see `run_search`."""
+        """Run or continue a search and return its front; see `run.run_search`."""
+        # Imported here: reading a finished front needs neither PyTorch nor Optuna.
+        from autocompress.search.prepare import Options
+        from autocompress.search.run import run_search
+
         options = Options(Path(run) if run is not None else None, trials, time, seed)
         return run_search(Path(experiment), options)
 
 
 sys.modules[__name__].__class__ = _CallableModule
-
-__all__ = ["Front", "Options", "Progress", "run_search"]

@@ -12,15 +12,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from autocompress.config import Objective
-from autocompress.evaluate import ORIGINAL, STOCK_INT8, Evaluation
+from autocompress.evaluate import Evaluation
 from autocompress.files import write_whole
 from autocompress.pareto import non_dominated
+from autocompress.search.columns import COLUMNS, ORIGINAL, REFERENCES
 
-COLUMNS = (
-    "candidate", "role", "on_front", "metric_search", "metric_test", "drop_test_pp", "latency_ms",
-    "speedup", "speedup_low", "speedup_high", "file_bytes", "peak_memory_bytes", "trusted",
-    "artifact", "plan_hash",
-)  # fmt: skip
 MAXIMISE: Mapping[Objective, bool] = {
     "metric": True,
     "latency": False,
@@ -45,7 +41,8 @@ class Front:
     def table(self) -> pd.DataFrame:
         """The points as a DataFrame with the stable columns, by latency."""
         frame: pd.DataFrame = pd.DataFrame(list(self.rows), columns=list(COLUMNS))
-        return frame.sort_values("latency_ms", kind="stable").reset_index(drop=True)
+        ordered: pd.DataFrame = frame.sort_values("latency_ms", kind="stable", ignore_index=True)
+        return ordered
 
     def save(self) -> None:
         """Write `front.csv`, whole or not at all."""
@@ -108,7 +105,11 @@ def build_front(
         rows.append(
             {
                 "candidate": name,
-                "role": name if not _is_ours(last) else "finalist" if name in final else "candidate",
+                "role": name
+                if not _is_ours(last)
+                else "finalist"
+                if name in final
+                else "candidate",
                 "on_front": name in members,
                 "metric_search": evaluation.metric.value,
                 "metric_test": tested,
@@ -128,4 +129,4 @@ def build_front(
 
 
 def _is_ours(evaluation: Evaluation) -> bool:
-    return evaluation.candidate not in (ORIGINAL, STOCK_INT8)
+    return evaluation.candidate not in REFERENCES

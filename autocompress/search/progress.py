@@ -16,6 +16,9 @@ class Progress(Protocol):
     def advance(self, steps: int = 1) -> None:
         """Count finished steps of the stage."""
 
+    def note(self, text: str) -> None:
+        """Show one sentence that must not be missed."""
+
     def show_front(self, frame: pd.DataFrame) -> None:
         """Show a front with the columns of `front.csv`."""
 
@@ -28,6 +31,9 @@ class Silent:
         """Nothing is shown."""
 
     def advance(self, steps: int = 1) -> None:
+        """Nothing is shown."""
+
+    def note(self, text: str) -> None:
         """Nothing is shown."""
 
     def show_front(self, frame: pd.DataFrame) -> None:

@@ -101,7 +101,9 @@ class RunFolder:
 
     def save_evaluation(self, evaluation: Evaluation) -> None:
         """Keep an evaluation that is no trial: a reference point's or a finalist's."""
-        write_json(self._evaluation_path(evaluation.candidate, evaluation.split), evaluation.to_dict())
+        write_json(
+            self._evaluation_path(evaluation.candidate, evaluation.split), evaluation.to_dict()
+        )
 
     def evaluation(self, candidate: str, split: str) -> Evaluation | None:
         """Read back what `save_evaluation` kept."""
@@ -137,7 +139,9 @@ class RunFolder:
         wanted = identity.resolved()
         differences = sorted(_differences(_comparable(found), _comparable(wanted)))
         device = json.loads((self.path / "device.json").read_text(encoding="utf-8"))
-        differences += sorted(_differences(device, identity.device.model_dump(mode="json"), "device"))
+        differences += sorted(
+            _differences(device, identity.device.model_dump(mode="json"), "device")
+        )
         if differences:
             raise RunFolderError(
                 "The run folder belongs to another experiment or device; it is not touched.",

@@ -26,7 +26,7 @@ def uniform_seeds(space: Space) -> list[Indices]:
         list(_levels(_of_stage(space, Stage.DECOMPOSE))),
     )
     seeds: list[Indices] = []
-    for integers in ([quantized, {}] if quantized else [{}]):
+    for integers in [quantized, {}] if quantized else [{}]:
         for shape in shapes:
             seed = {**shape, **integers}
             if seed and seed not in seeds:

@@ -85,7 +85,7 @@ def build_space(graph: NetworkGraph, space: SearchSpace, device: DeviceProfile) 
     kept = tuple(p for p in parameters if p.decisions)
     if not kept:
         raise ConfigError(
-            f"The search space '{space.name}' leaves nothing to choose for this network and device.",
+            f"The search space '{space.name}' leaves nothing to choose for this network.",
             given=f"{len(graph.layers)} layers, techniques {', '.join(space.techniques)}",
             advice="name more techniques or values, or exclude fewer layers",
         )

@@ -13,6 +13,7 @@ import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from autocompress.config import Objective, Sampler
@@ -65,7 +66,10 @@ class Study:
         seed: int,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        directions = ["maximize" if MAXIMISE[name] else "minimize" for name in objectives]
+        directions = [
+            StudyDirection.MAXIMIZE if MAXIMISE[name] else StudyDirection.MINIMIZE
+            for name in objectives
+        ]
         try:
             storage = RDBStorage(
                 f"sqlite:///{database}", engine_kwargs={"connect_args": {"timeout": 60}}
@@ -152,9 +156,7 @@ class Study:
                 evaluation = Evaluation.from_dict(json.loads(found))
                 if trial.state == TrialState.RUNNING:
                     # Killed between keeping the figures and closing the trial.
-                    self._study.tell(
-                        trial.number, objective_values(evaluation, self._objectives)
-                    )
+                    self._study.tell(trial.number, objective_values(evaluation, self._objectives))
                 self._evaluations[evaluation.candidate] = evaluation
             elif _FAILURE in trial.user_attrs:
                 if trial.state == TrialState.RUNNING:

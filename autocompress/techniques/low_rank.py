@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, cast, final
+from typing import Any, ClassVar, cast, final
 
 import torch
 from pydantic import Field
@@ -80,28 +80,28 @@ def _install(module: nn.Module, variant: Variant, decision: Decision, multiple: 
     weight = cast(Tensor, module.weight).detach()
     bias = cast("Tensor | None", module.bias)
     left, right = left[:, :rank], right[:rank]
-    first: nn.Module
-    second: nn.Module
+    first: Any
+    second: Any
     if isinstance(module, nn.Linear):
         first = nn.Linear(module.in_features, rank, bias=False)
         second = nn.Linear(rank, module.out_features, bias=bias is not None)
         second_shape: tuple[int, ...] = left.shape
     else:
         conv = cast(nn.Conv2d, module)
-        kind = type(conv)
+        kind: Any = type(conv)
         first = kind(
             conv.in_channels, rank, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
             bias=False, padding_mode=conv.padding_mode,
         )  # fmt: skip
-        second = kind(rank, conv.out_channels, 1, bias=bias is not None)  # type: ignore[arg-type]
+        second = kind(rank, conv.out_channels, 1, bias=bias is not None)
         second_shape = (*left.shape, *(1 for _ in conv.kernel_size))
     with torch.no_grad():
-        cast(Tensor, first.weight).copy_(right.reshape(rank, *weight.shape[1:]))
-        cast(Tensor, second.weight).copy_(left.reshape(second_shape))
+        first.weight.copy_(right.reshape(rank, *weight.shape[1:]))
+        second.weight.copy_(left.reshape(second_shape))
         if bias is not None:
             # What the cut ranks contributed on average goes into the bias.
             lost = weight.reshape(weight.shape[0], -1) - left @ right
-            cast(Tensor, second.bias).copy_(bias + lost @ variant["mean"])
+            second.bias.copy_(bias + lost @ variant["mean"])
     return nn.Sequential(first, second).train(module.training)
 
 

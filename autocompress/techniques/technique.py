@@ -1,4 +1,4 @@
-"""What a technique is: a decision, when it is applied, and the functions that solve and install it."""
+"""What a technique is: a decision, its stage, and the functions that solve and install it."""
 
 from __future__ import annotations
 

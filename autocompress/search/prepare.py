@@ -1,0 +1,134 @@
+"""Everything that is loaded and checked before a search writes its first file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from autocompress.bank import Bank
+from autocompress.bank.store import network_hash
+from autocompress.config import (
+    Experiment,
+    SearchSettings,
+    load_experiment,
+    load_search_space,
+    parse_duration,
+)
+from autocompress.device import DeviceProfile, fingerprint, load_profile
+from autocompress.errors import ConfigError
+from autocompress.evaluate import Stopwatch
+from autocompress.graph import NetworkGraph, trace
+from autocompress.measure.runtime import runtime_for
+from autocompress.search.progress import Progress
+from autocompress.search.run_folder import Identity, RunFolder
+from autocompress.search.space import Space, build_space
+from autocompress.techniques.technique import GroupTechnique, LayerTechnique
+from autocompress.workload import Workload, check_workload, load_workload
+
+
+@final
+@dataclass(frozen=True)
+class Options:
+    """What a call may set beside the experiment file; None leaves the file's value."""
+
+    run: Path | None = None
+    trials: int | None = None
+    time: str | None = None
+    seed: int | None = None
+
+
+@final
+@dataclass(frozen=True)
+class Prepared:
+    """A checked experiment, before anything is written.
+
+    Attributes:
+        workload_s: seconds that the user's own function took; not part of the time limit.
+    """
+
+    experiment: Experiment
+    profile: DeviceProfile
+    workload: Workload
+    graph: NetworkGraph
+    space: Space
+    identity: Identity
+    folder: RunFolder
+    workload_s: float
+
+
+def prepare(path: Path, options: Options, progress: Progress) -> Prepared:
+    """Load and check all that a search needs; writes nothing.
+
+    Raises:
+        AutocompressError: whatever is wrong with experiment, device, workload or network.
+    """
+    experiment = with_options(load_experiment(path), options)
+    space_file = load_search_space(experiment.search_space, path)
+    profile = load_profile(experiment.device, path)
+    profile.pinned_cores()
+    runtime_for(profile.runtime).check_available(profile.runtime)
+    progress.stage("load workload")
+    clock = Stopwatch()
+    with clock.step("workload"):
+        workload = load_workload(experiment.workload, path)
+    progress.stage("check workload")
+    for warning in check_workload(workload):
+        progress.note(f"warning: {warning}")
+    progress.stage("trace network")
+    graph = trace(workload.network, workload.example_inputs)
+    space = build_space(graph, space_file, profile)
+    identity = Identity(
+        experiment, space_file, profile, fingerprint(profile), network_hash(workload.network)
+    )
+    folder = RunFolder(options.run or Path("runs") / experiment.name)
+    seconds = clock.seconds["workload"]
+    return Prepared(experiment, profile, workload, graph, space, identity, folder, seconds)
+
+
+def with_options(experiment: Experiment, options: Options) -> Experiment:
+    """The experiment with a call's own limits; a limit given in the call replaces the file's.
+
+    Raises:
+        ConfigError: there is no limit at all, or one that cannot be read.
+    """
+    settings = experiment.search.model_dump()
+    if options.trials is not None or options.time is not None:
+        settings |= {"trials": options.trials, "time_s": None}
+    if options.trials is not None and options.trials < 1:
+        raise ConfigError("There must be a trial.", given=options.trials, allowed=">= 1")
+    if options.time is not None:
+        settings["time_s"] = parse_duration(options.time)
+    if options.seed is not None:
+        settings["seed"] = options.seed
+    if settings["trials"] is None and settings["time_s"] is None:
+        raise ConfigError(
+            "The search has no limit.",
+            allowed="search.trials or search.time_s in the experiment, --trials N or --time 10m",
+        )
+    return experiment.model_copy(update={"search": SearchSettings(**settings)})
+
+
+def fill_bank(prepared: Prepared, progress: Progress) -> Bank:
+    """Calibrate and solve every variant of the original layers; what is on disk is read."""
+    bank = Bank(
+        prepared.workload.network,
+        prepared.graph,
+        prepared.profile.channel_multiple,
+        prepared.folder.bank,
+    )
+    settings = prepared.experiment.calibration
+    progress.stage("calibrate")
+    bank.calibrate(prepared.workload.calibration.inputs, settings, progress.advance)
+    parameters = prepared.space.parameters
+    progress.stage("fill bank", len(parameters))
+    for parameter in parameters:
+        technique = parameter.technique
+        if isinstance(technique, GroupTechnique):
+            bank.order(prepared.graph.group(parameter.target), technique)
+        elif isinstance(technique, LayerTechnique):
+            problem = bank.problem(parameter.target)
+            for decision in parameter.decisions:
+                bank.solve(technique, decision, problem, "")
+        progress.advance()
+    return bank

@@ -1,0 +1,228 @@
+"""Small networks of every structure that the tests of the compression pipeline need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SAMPLES = 96
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        same = stride == 1 and width == out
+        self.shortcut = None if same else nn.Conv2d(width, out, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(inner + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class Residual(nn.Module):
+    """Groups: stem+block1 (a sum), block1's inner, block2's inner, block2's sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 8, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.block1 = Block(8, 8, 1)
+        self.block2 = Block(8, 12, 2)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.stem(x)))
+        return self.head(self.block2(self.block1(x)).mean((2, 3)))
+
+
+class Concat(nn.Module):
+    """Two branches that one convolution reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Conv2d(2, 6, 3, padding=1)
+        self.right = nn.Conv2d(2, 8, 1)
+        self.join = nn.Conv2d(14, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.cat([F.relu(self.left(x)), F.relu(self.right(x))], 1)
+        return self.head(F.relu(self.join(both)).mean((2, 3)))
+
+
+class Depthwise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand = nn.Conv2d(2, 12, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(12)
+        self.depthwise = nn.Conv2d(12, 12, 3, 1, 1, groups=12, bias=False)
+        self.bn2 = nn.BatchNorm2d(12)
+        self.project = nn.Conv2d(12, 8, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.bn1(self.expand(x)))
+        x = F.relu6(self.bn2(self.depthwise(x)))
+        return self.head(self.bn3(self.project(x)).mean((2, 3)))
+
+
+class Flatten(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3, padding=1)
+        self.hidden = nn.Linear(6 * 9, 16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv(x)), 2)
+        return self.head(F.relu(self.hidden(x.flatten(1))))
+
+
+class Signal(nn.Module):
+    """One-dimensional convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(3, 8, 5, padding=2)
+        self.bn1 = nn.BatchNorm1d(8)
+        self.conv2 = nn.Conv1d(8, 12, 3, stride=2, dilation=2)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.conv2(F.relu(self.bn1(self.conv1(x))))).mean(2))
+
+
+class Tokens(nn.Module):
+    """Linear layers on three-dimensional inputs, with layer norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.norm1 = nn.LayerNorm(8)
+        self.up = nn.Linear(8, 24)
+        self.down = nn.Linear(24, 8)
+        self.norm2 = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.down(F.gelu(self.up(self.norm1(x))))
+        return self.head(self.norm2(x).mean(1))
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(2, 8, 3, padding=1)
+        self.classes = nn.Linear(8, 5)
+        self.boxes = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.relu(self.body(x)).mean((2, 3))
+        return self.classes(x), self.boxes(x)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Conv2d(2, 8, 3, padding=1)
+        self.side = nn.Linear(3, 6)
+        self.head = nn.Linear(14, 5)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        pooled = F.relu(self.image(x)).mean((2, 3))
+        return self.head(torch.cat([pooled, F.relu(self.side(y))], 1))
+
+
+class Reshaped(nn.Module):
+    """Reads its channel count from a shape: PyTorch follows a pruning, an ONNX graph does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3, padding=1)
+        self.after = nn.Conv1d(6, 4, 1)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x))
+        return self.head(self.after(x.reshape(x.shape[0], x.shape[1], -1)).mean(2))
+
+
+_KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
+    "residual": (Residual, ((2, 8, 8),)),
+    "concat": (Concat, ((2, 6, 6),)),
+    "depthwise": (Depthwise, ((2, 6, 6),)),
+    "flatten": (Flatten, ((2, 6, 6),)),
+    "signal": (Signal, ((3, 20),)),
+    "tokens": (Tokens, ((7, 6),)),
+    "two_outputs": (TwoOutputs, ((2, 6, 6),)),
+    "two_inputs": (TwoInputs, ((2, 6, 6), (3,))),
+    "reshaped": (Reshaped, ((2, 6, 6),)),
+}
+NAMES = tuple(_KINDS)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A network with lively batch norms, in evaluation mode, and calibration inputs."""
+
+    name: str
+    network: nn.Module
+    inputs: tuple[Tensor, ...]
+
+    @property
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        return tuple(x[:2] for x in self.inputs)
+
+
+@cache
+def make_case(name: str) -> Case:
+    """One case per name and session: tests must not change it."""
+    kind, shapes = _KINDS[name]
+    generator = torch.Generator().manual_seed(NAMES.index(name))
+    with torch.random.fork_rng():
+        torch.manual_seed(NAMES.index(name))
+        network = kind()
+        inputs = tuple(correlated(torch.randn(SAMPLES, *s, generator=generator)) for s in shapes)
+        enliven(network, inputs)
+    return Case(name, network, inputs)
+
+
+def correlated(noise: Tensor) -> Tensor:
+    """Inputs whose features share a part and have a mean, as real data do."""
+    shared = noise.reshape(len(noise), -1).mean(1).reshape(-1, *(1 for _ in noise.shape[1:]))
+    return noise + 4 * shared + 0.3
+
+
+def enliven(network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Give batch norms statistics of the data and random scales; leaves evaluation mode."""
+    for module in network.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.momentum = None
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, 0, 0.3)
+        if isinstance(module, nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.3)
+    network.train()
+    with torch.no_grad():
+        network(*inputs)
+    network.eval()
+
+
+def run(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The outputs, always as a tuple."""
+    with torch.no_grad():
+        outputs = network(*inputs)
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from autocompress.report.columns import typed_front
+from autocompress.search.columns import COLUMNS
+from autocompress.search.finals import choose_finalists
+from autocompress.search.front import build_front, objective_values
+
+OBJECTIVES = ("metric", "latency")
+
+
+def test_before_judging_the_search_figures_decide(tmp_path, make_evaluation):
+    points = [
+        make_evaluation("original", 0.95, 1.0),
+        make_evaluation("stock_int8", 0.94, 2.0),
+        make_evaluation("a", 0.94, 3.0),
+        make_evaluation("b", 0.90, 2.5),
+    ]
+    table = build_front(tmp_path, OBJECTIVES, points, []).table().set_index("candidate")
+    assert table["on_front"].to_dict() == {
+        "a": True, "b": False, "original": True, "stock_int8": False,
+    }  # fmt: skip
+    assert table["role"].to_dict() == {
+        "a": "candidate", "b": "candidate", "original": "original", "stock_int8": "stock_int8",
+    }  # fmt: skip
+    assert table["metric_test"].isna().all()
+
+
+def test_finalists_carry_both_figures_and_the_drop_in_points(tmp_path, make_evaluation):
+    searched = [make_evaluation("original", 0.95, 1.0), make_evaluation("a", 0.94, 3.0)]
+    judged = [
+        make_evaluation("original", 0.93, 1.0, split="test"),
+        make_evaluation("a", 0.92, 2.9, split="test"),
+    ]
+    row = (
+        build_front(tmp_path, OBJECTIVES, searched, judged).table().set_index("candidate").loc["a"]
+    )
+    assert row["role"] == "finalist"
+    assert (row["metric_search"], row["metric_test"]) == (0.94, 0.92)
+    assert np.isclose(row["drop_test_pp"], 1.0)
+    assert row["speedup"] == 2.9
+
+
+def test_the_test_split_does_not_choose_the_front(tmp_path, make_evaluation):
+    searched = [
+        make_evaluation("original", 0.95, 1.0),
+        make_evaluation("a", 0.94, 3.0),
+        make_evaluation("b", 0.945, 2.0),
+    ]
+    judged = [
+        make_evaluation("original", 0.95, 1.0, split="test"),
+        make_evaluation("a", 0.94, 3.0, split="test"),
+        make_evaluation("b", 0.80, 2.0, split="test"),
+    ]
+    table = build_front(tmp_path, OBJECTIVES, searched, judged).table().set_index("candidate")
+    assert table.loc["b", "on_front"]
+
+
+def test_front_csv_has_the_stable_columns_and_reads_back(tmp_path, make_evaluation):
+    front = build_front(tmp_path, OBJECTIVES, [make_evaluation("original", 0.9, 1.0)], [])
+    front.save()
+    frame = pd.read_csv(tmp_path / "front.csv")
+    assert tuple(frame.columns) == COLUMNS
+    assert typed_front(frame)["candidate"].tolist() == ["original"]
+    assert not list(tmp_path.glob(".front.csv*"))
+
+
+def test_latency_counts_relative_to_the_baseline(make_evaluation):
+    fast = make_evaluation("a", 0.9, 4.0)
+    assert objective_values(fast, ("latency", "file_bytes", "metric")) == [0.25, 1000.0, 0.9]
+
+
+def test_finalists_leave_ruined_points_out(make_evaluation):
+    original = make_evaluation("original", 0.90, 1.0)
+    points = [
+        make_evaluation("good", 0.89, 2.0),
+        make_evaluation("fast", 0.86, 4.0),
+        make_evaluation("ruined", 0.30, 9.0),
+        make_evaluation("dominated", 0.85, 1.5),
+    ]
+    names = [e.candidate for e in choose_finalists(points, original, OBJECTIVES, 10)]
+    assert sorted(names) == ["fast", "good"]
+
+
+def test_when_all_are_ruined_one_finalist_is_still_judged(make_evaluation):
+    original = make_evaluation("original", 0.90, 1.0)
+    points = [make_evaluation("a", 0.2, 5.0), make_evaluation("b", 0.3, 4.0)]
+    assert len(choose_finalists(points, original, OBJECTIVES, 10)) == 1
+
+
+def test_the_count_is_kept_and_the_widest_cover_comes_first(make_evaluation):
+    original = make_evaluation("original", 0.90, 1.0)
+    points = [make_evaluation(f"p{i}", 0.90 - i * 0.004, 1.5 + i) for i in range(8)]
+    chosen = choose_finalists(points, original, OBJECTIVES, 3)
+    assert len(chosen) == 3
+    alone = [choose_finalists([p], original, OBJECTIVES, 1)[0].candidate for p in points]
+    assert chosen[0].candidate in alone

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import sqlite3
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autocompress.errors import RunFolderError
+from autocompress.search.space import Parameter, Space
+from autocompress.search.study import Study
+from autocompress.techniques.filter_prune import FILTER_PRUNE, FilterPrune
+
+OBJECTIVES = ("metric", "latency")
+
+
+def space_of(targets: int, levels: int) -> Space:
+    decisions = tuple(FilterPrune(pruning_ratio=(i + 1) / (levels + 2)) for i in range(levels))
+    return Space(tuple(Parameter(FILTER_PRUNE, f"layer{t}", decisions) for t in range(targets)))
+
+
+SPACE = space_of(4, 3)
+
+
+def open_study(path, space=SPACE, seed=0, sampler="tpe"):
+    return Study(path / "study.sqlite3", space, OBJECTIVES, sampler, seed)
+
+
+def figures(plan, make_evaluation):
+    """A deterministic stand-in for measuring: less metric and more speed with every ratio."""
+    total = sum(step.decision.pruning_ratio for step in plan.steps)
+    return make_evaluation(plan.hash, 1 - total**2 / 20, 1 + total, plan=plan)
+
+
+def run(study, count, make_evaluation):
+    hashes = []
+    while len(hashes) < count:
+        proposal = study.propose()
+        if proposal is None:
+            break
+        hashes.append(proposal.plan.hash)
+        study.succeed(proposal, figures(proposal.plan, make_evaluation))
+    return hashes
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+def test_the_same_seed_proposes_the_same_plans(tmp_path, make_evaluation, sampler):
+    lists = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        study = open_study(tmp_path / name, seed=seed, sampler=sampler)
+        lists.append(run(study, 14, make_evaluation))
+    assert lists[0] == lists[1]
+    assert lists[0] != lists[2]
+    assert len(set(lists[0])) == 14
+
+
+@settings(max_examples=5, deadline=None)
+@given(cuts=st.lists(st.integers(0, 11), min_size=1, max_size=3, unique=True))
+def test_an_interrupted_study_goes_on_as_if_it_had_not_been(
+    tmp_path_factory, make_evaluation, cuts
+):
+    whole = run(open_study(tmp_path_factory.mktemp("whole")), 12, make_evaluation)
+    folder = tmp_path_factory.mktemp("cut")
+    study = open_study(folder)
+    for index in range(12):
+        if index in cuts:
+            # Killed in the middle of a trial: proposed, never told.
+            study.propose()
+            study = open_study(folder)
+        run(study, 1, make_evaluation)
+    found = [e.candidate for e in open_study(folder).evaluations]
+    assert found == whole
+
+
+def test_figures_that_were_kept_before_the_kill_are_not_lost(tmp_path, make_evaluation):
+    study = open_study(tmp_path)
+    proposal = study.propose()
+    evaluation = figures(proposal.plan, make_evaluation)
+    import json
+
+    proposal.trial.set_user_attr("evaluation", json.dumps(evaluation.to_dict()))
+    again = open_study(tmp_path)
+    assert [e.candidate for e in again.evaluations] == [proposal.plan.hash]
+    assert again.evaluations[0] == evaluation
+    assert again.propose().plan.hash != proposal.plan.hash
+
+
+def test_a_plan_that_ends_the_process_each_time_is_given_up(tmp_path):
+    first = open_study(tmp_path).propose().plan.hash
+    for _ in range(3):
+        assert open_study(tmp_path).propose().plan.hash == first
+    study = open_study(tmp_path)
+    assert "interrupted" in study.failures[first]
+    assert study.finished == 1
+    assert study.propose().plan.hash != first
+
+
+def test_failures_count_and_are_not_tried_again(tmp_path, make_evaluation):
+    study = open_study(tmp_path)
+    proposal = study.propose()
+    study.fail(proposal, "it does not export")
+    again = open_study(tmp_path)
+    assert again.failures == {proposal.plan.hash: "it does not export"}
+    assert again.finished == 1
+    assert proposal.plan.hash not in run(again, 10, make_evaluation)
+
+
+def test_seeds_come_first_and_once(tmp_path, make_evaluation):
+    seeds = [{"layer0|filter_prune": 1}, {"layer1|filter_prune": 2}]
+    study = open_study(tmp_path)
+    study.enqueue(seeds)
+    study.enqueue(seeds)
+    expected = [SPACE.plan(seed).hash for seed in seeds]
+    assert run(study, 4, make_evaluation)[:2] == expected
+
+
+def test_a_small_space_is_tried_out_and_then_ends(tmp_path, make_evaluation):
+    study = open_study(tmp_path, space_of(2, 1))
+    hashes = run(study, 100, make_evaluation)
+    assert len(hashes) == 3  # the untouched network is no candidate
+    assert study.propose() is None
+
+
+def test_a_file_that_is_no_study_is_refused(tmp_path):
+    (tmp_path / "study.sqlite3").write_bytes(b"not a database at all" * 100)
+    with pytest.raises(RunFolderError, match="cannot be opened"):
+        open_study(tmp_path)
+
+
+def test_every_finished_trial_is_in_the_database_once(tmp_path, make_evaluation):
+    run(open_study(tmp_path), 6, make_evaluation)
+    with sqlite3.connect(tmp_path / "study.sqlite3") as database:
+        rows = database.execute(
+            "select value_json from trial_user_attributes where key = 'plan_hash'"
+        ).fetchall()
+    assert len(rows) == len(set(rows)) == 6

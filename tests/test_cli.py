@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pandas as pd
+import pytest
+
+from autocompress.workload import load_workload, network_outputs
+
+HERE = Path(__file__).resolve().parent
+COMMAND = [sys.executable, "-m", "autocompress"]
+
+
+def call(*arguments, cwd=None):
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=300
+    )
+
+
+def refused(result, *words):
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ")
+    for word in words:
+        assert word in result.stderr, result.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished tiny search: the run folder, and what was printed."""
+    import yaml
+    from conftest import QUICK_PROFILE
+
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "quick.yaml").write_text(yaml.safe_dump(QUICK_PROFILE))
+    experiment = folder / "tiny.yaml"
+    experiment.write_text(yaml.safe_dump({
+        "version": 1, "name": "tiny", "workload": f"{HERE / 'tiny_workload.py'}:workload",
+        "device": "./quick.yaml", "search_space": "cnn",
+        "objectives": ["metric", "latency", "file_bytes", "peak_memory"],
+        "search": {"trials": 8, "finalists": 4},
+    }))  # fmt: skip
+    result = call("search", experiment, "--run", folder / "run", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_search_prints_a_front_that_fits_100_columns(finished):
+    _, result = finished
+    assert all(len(line) <= 100 for line in result.stdout.splitlines()[:-3])
+    for word in ("original", "stock_int8", "speed-up", "ms"):
+        assert word in result.stdout
+    assert "search: " in result.stderr
+
+
+def test_the_run_folder_holds_what_it_should(finished):
+    folder, _ = finished
+    run = folder / "run"
+    frame = pd.read_csv(run / "front.csv")
+    assert set(frame["role"]) == {"original", "stock_int8", "candidate", "finalist"}
+    assert len(frame) == 10
+    assert frame["candidate"].is_unique
+    assert frame[frame["role"] == "finalist"]["metric_test"].notna().all()
+    for name in ("experiment.yaml", "device.json", "study.sqlite3", "bank", "plans"):
+        assert (run / name).exists(), name
+    assert all((run / path).is_file() for path in frame["artifact"])
+    sizes = [(run / path).stat().st_size for path in frame["artifact"]]
+    assert sizes == frame["file_bytes"].tolist()
+
+
+def test_front_as_json_prints_the_same_rows(finished):
+    folder, _ = finished
+    result = call("front", folder / "run", "--json")
+    rows = json.loads(result.stdout)
+    frame = pd.read_csv(folder / "run" / "front.csv")
+    assert [row["candidate"] for row in rows] == frame["candidate"].tolist()
+    assert list(rows[0]) == list(frame.columns)
+
+
+def test_a_picked_model_scores_what_its_card_says(finished):
+    folder, _ = finished
+    result = call("pick", folder / "run", "--knee", "--out", folder / "picked")
+    assert result.returncode == 0, result.stderr
+    (card_path,) = (folder / "picked").glob("*.json")
+    card = json.loads(card_path.read_text())
+    session = ort.InferenceSession(str(card_path.with_name(card["model"])))
+    workload = load_workload(f"{HERE / 'tiny_workload.py'}:workload")
+    inputs = workload.test_split.inputs
+    name = session.get_inputs()[0].name
+    found = session.run(None, {name: inputs[0].numpy()})[0].argmax(1)
+    wanted = network_outputs(workload.network, inputs)[0].argmax(1)
+    assert np.isclose((found == wanted).mean(), card["figures"]["metric_test"]["value"])
+
+
+def test_nothing_fits_is_exit_code_1_and_names_the_nearest(finished):
+    folder, _ = finished
+    result = call("pick", folder / "run", "--min-speedup", "900", "--out", folder / "none")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert not (folder / "none").exists()
+
+
+def test_a_finished_search_has_nothing_to_do_and_can_be_extended(finished):
+    folder, _ = finished
+    before = (folder / "run" / "front.csv").read_bytes()
+    again = call("search", folder / "tiny.yaml", "--run", folder / "run")
+    assert again.returncode == 0, again.stderr
+    assert (folder / "run" / "front.csv").read_bytes() == before
+    more = call("search", folder / "tiny.yaml", "--run", folder / "run", "--trials", "9")
+    assert more.returncode == 0, more.stderr
+    assert len(pd.read_csv(folder / "run" / "front.csv")) == 11
+
+
+def test_a_run_of_another_seed_is_refused(finished):
+    folder, _ = finished
+    result = call("search", folder / "tiny.yaml", "--run", folder / "run", "--seed", "5")
+    refused(result, "another experiment", "seed", "--run")
+
+
+def test_python_gives_the_same_front(finished):
+    folder, _ = finished
+    code = (
+        "import autocompress\n"
+        f"front = autocompress.search({str(folder / 'tiny.yaml')!r}, run={str(folder / 'run')!r},"
+        " trials=8)\n"
+        "print(len(front.table()), type(front.table()).__name__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    count, kind = result.stdout.split()
+    assert int(count) >= 10
+    assert kind == "DataFrame"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"colour": "blue"}, ("colour", "unknown key")),
+        ({"workload": "nowhere.py:workload"}, ("nowhere.py", "does not exist")),
+        ({"workload": f"{HERE / 'tiny_workload.py'}:raises"}, ("moon", "raises")),
+        ({"workload": f"{HERE / 'tiny_workload.py'}:absent"}, ("absent", "make_network")),
+        ({"workload": f"{HERE / 'tiny_workload.py'}:untraceable"}, ("traced",)),
+        ({"device": "toaster"}, ("toaster", "cpu")),
+        ({"search_space": "everything"}, ("everything", "cnn")),
+        ({"objectives": ["beauty"]}, ("objectives", "metric")),
+        ({"search": {"seed": 0}}, ("no limit", "--trials")),
+    ],
+)
+def test_bad_experiments_are_exit_code_2_and_leave_nothing(
+    tiny_experiment, tmp_path, changes, words
+):
+    path = tiny_experiment(**changes)
+    refused(call("search", path, "--run", tmp_path / "run"), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_provider_that_is_not_installed_is_refused(tiny_experiment, tmp_path):
+    runtime = {"name": "onnxruntime", "provider": "CUDAExecutionProvider", "threads": 1}
+    path = tiny_experiment(profile={"runtime": runtime})
+    result = call("search", path, "--run", tmp_path / "run")
+    refused(result, "CUDAExecutionProvider", "CPUExecutionProvider")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("search", "missing.yaml"), "missing.yaml"),
+        (("front", "missing"), "missing"),
+        (("pick", "missing", "--out", "x", "--knee"), "missing"),
+        (("profile", "toaster"), "toaster"),
+    ],
+)
+def test_missing_files_are_exit_code_2(arguments, word, tmp_path):
+    refused(call(*arguments, cwd=tmp_path), word)
+    assert not list(tmp_path.iterdir())
+
+
+def test_time_must_be_a_duration(tiny_experiment):
+    refused(call("search", tiny_experiment(), "--time", "soon"), "soon", "10m")
+
+
+def test_debug_shows_the_traceback():
+    result = call("search", "missing.yaml", "--debug")
+    assert result.returncode != 0
+    assert "Traceback" in result.stderr
+
+
+def test_help_has_an_example_for_every_command():
+    for command in ("search", "front", "pick", "profile"):
+        result = call(command, "--help")
+        assert result.returncode == 0
+        assert "Example: autocompress" in result.stdout
+
+
+@pytest.mark.faults
+def test_ten_kills_at_random_moments_lose_and_double_nothing(tiny_experiment, tmp_path):
+    path, run = tiny_experiment(), tmp_path / "run"
+    arguments = [*COMMAND, "search", str(path), "--run", str(run), "--trials", "30"]
+    chance = random.Random(0)
+    for _ in range(10):
+        process = subprocess.Popen(
+            arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(chance.uniform(5, 15))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert subprocess.run(arguments, capture_output=True).returncode == 0
+    frame = pd.read_csv(run / "front.csv")
+    assert frame["candidate"].is_unique
+    assert len(frame) == 32
+    with sqlite3.connect(run / "study.sqlite3") as database:
+        kept = database.execute(
+            "select count(*) from trial_user_attributes where key = 'evaluation'"
+        ).fetchone()[0]
+    assert kept == 30

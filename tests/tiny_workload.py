@@ -1,0 +1,56 @@
+"""A workload that needs no training: how far compressed networks agree with a random one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from autocompress import Split, Workload
+
+
+def make_network() -> nn.Module:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    network.train()(torch.randn(256, 3, 8, 8, generator=generator))
+    return network.eval()
+
+
+def workload() -> Workload:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(256, 3, 8, 8, generator=generator)
+    parts = [Split(inputs[i : i + 64]) for i in range(0, 256, 64)]
+    return Workload(
+        network=make_network(),
+        example_inputs=inputs[:1],
+        calibration=parts[0],
+        train=parts[1],
+        search_split=parts[2],
+        test_split=parts[3],
+        metric="agreement",
+    )
+
+
+def raises() -> Workload:
+    raise ValueError("the moon is in the wrong house")
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.layer(x).detach().numpy()).clone()
+
+
+def untraceable() -> Workload:
+    generator = torch.Generator().manual_seed(1)
+    parts = [Split(torch.randn(16, 4, generator=generator)) for _ in range(4)]
+    return Workload(
+        Untraceable().eval(), parts[0].inputs, parts[0], None, parts[2], parts[3], "agreement"
+    )
