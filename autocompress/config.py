@@ -39,7 +39,7 @@ class SearchSettings(Strict):
 class CalibrationSettings(Strict):
     """How much calibration data each step reads."""
 
-    statistics_samples: int = Field(default=512, ge=1)
+    statistics_samples: int = Field(default=1024, ge=1)
     repair_samples: int = Field(default=256, ge=1)
     rows_per_layer: int = Field(default=65536, ge=64)
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from autocompress.bank import Bank
+from autocompress.config import CalibrationSettings
+from autocompress.device import DeviceProfile, MeasuringSettings, RuntimeSettings
+from autocompress.export import Exporter
+from autocompress.graph import NetworkGraph, trace
 
 SAMPLES = 96
 
@@ -226,3 +234,57 @@ def run(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     with torch.no_grad():
         outputs = network(*inputs)
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="autocompress-tests-")
+
+
+@cache
+def graph_of(name: str) -> NetworkGraph:
+    case = make_case(name)
+    return trace(case.network, case.example_inputs)
+
+
+def new_bank(name: str, folder: Path, multiple: int = 1) -> Bank:
+    """A calibrated bank of a case's network in a folder."""
+    case = make_case(name)
+    bank = Bank(case.network, graph_of(name), multiple, folder)
+    bank.calibrate(case.inputs, CalibrationSettings())
+    return bank
+
+
+@cache
+def bank_of(name: str) -> Bank:
+    """One calibrated bank per case and session, for channel counts of any number."""
+    return new_bank(name, Path(_FOLDER.name) / name)
+
+
+@cache
+def exporter_of(name: str) -> Exporter:
+    """One exporter per case and session: exporting costs a second."""
+    case = make_case(name)
+    parity = tuple(x[:8] for x in case.inputs)
+    return Exporter(case.network, graph_of(name), case.example_inputs, parity)
+
+
+def make_device(
+    kernels: dict[str, tuple[int, ...]] | None = None, channel_multiple: int = 1
+) -> DeviceProfile:
+    """A device with 8-bit kernels for everything, unless told otherwise."""
+    return DeviceProfile(
+        version=1,
+        name="test",
+        kind="cpu",
+        runtime=RuntimeSettings(name="onnxruntime", provider="CPUExecutionProvider", threads=1),
+        channel_multiple=channel_multiple,
+        kernels={name: (32, 8) for name in ("Conv", "Gemm", "MatMul")}
+        if kernels is None
+        else kernels,
+        measuring=MeasuringSettings(
+            target_half_width=0.2,
+            time_limit_s=1,
+            final_target_half_width=0.1,
+            final_time_limit_s=1,
+            hang_limit_s=10,
+        ),
+    )

@@ -112,18 +112,21 @@ class _Rewriter:
                 "A weight to be quantized is not read by a convolution or matrix product.",
                 given=", ".join(sorted(missing)),
             )
-        self._made_by_layer = {
+        # Tensors that an integer kernel writes: they exist as integers only.
+        self._made_as_integers = {
             self._activated(node) for node in self._layers
             if node.op_type == "Conv" or self._activated(node) not in self._outputs
         }  # fmt: skip
-        chosen = {node.input[0] for node in self._layers} | self._made_by_layer
+        chosen = {node.input[0] for node in self._layers} | self._made_as_integers
+        self._sums: list[onnx.NodeProto] = []
+        for node in graph.node:
+            # In the graph's order, so that sums of sums are found.
+            inputs, output = set(node.input), self._activated(node)
+            if node.op_type == "Add" and inputs <= chosen and inputs & self._made_as_integers:
+                self._sums.append(node)
+                self._made_as_integers.add(output)
+                chosen.add(output)
         self.tensors = sorted(chosen)
-        self._sums = [
-            node for node in graph.node
-            if node.op_type == "Add"
-            and set(node.input) <= chosen
-            and self._activated(node) in chosen
-        ]  # fmt: skip
 
     def _activated(self, node: onnx.NodeProto) -> str:
         """The tensor that a node's fused kernel writes: after a sole activation that reads it."""
@@ -200,13 +203,13 @@ class _Rewriter:
     def _redirect(self, quantized: set[str]) -> None:
         """Let nodes read the dequantized tensor where that keeps the integer kernels together.
 
-        What an integer layer made exists as integers only, so everybody reads that; of other
-        tensors only integer layers and integer sums do.
+        Everybody reads what an integer kernel made; other tensors keep their float form, and only
+        integer layers and sums read the other.
         """
         integer_nodes = {id(node) for node in (*self._layers, *self._sums)}
         for node in self._graph.node:
             for i, name in enumerate(node.input):
-                everybody = name in self._made_by_layer
+                everybody = name in self._made_as_integers
                 if name in quantized and (everybody or id(node) in integer_nodes):
                     node.input[i] = f"{name}_dequantized"
 

@@ -273,7 +273,7 @@ def _rewrite_nodes(
         del first.input[:], first.output[:]
         first.input.extend([node.input[0], replaced[weight][0]])
         first.output.append(middle)
-        first.name, second.name = f"{node.name}_0", f"{node.name}_1"
+        first.name, second.name = f"{node.name}_first", f"{node.name}_second"
         second.input[0], second.input[1] = middle, replaced[weight][1]
         if node.op_type == "Conv":
             del second.attribute[:]
