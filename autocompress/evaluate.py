@@ -17,7 +17,6 @@ from autocompress.config import CalibrationSettings
 from autocompress.device import DeviceProfile, all_cores
 from autocompress.export import Exporter, quantize, stock_int8
 from autocompress.files import write_json, write_whole
-from autocompress.graph import NetworkGraph
 from autocompress.measure.client import Worker
 from autocompress.measure.measurement import Measurement
 from autocompress.measure.memory import peak_memory_bytes
@@ -31,7 +30,6 @@ BASELINE = "original"
 SplitName = Literal["search", "test"]
 
 _SCORING_BATCH = 64
-_PARITY_SAMPLES = 8
 _RANGE_SAMPLES = 64
 _STOCK_SAMPLES = 256
 _CONFIDENCE_SIGMAS = 1.96
@@ -105,33 +103,28 @@ class Evaluator:
 
     Args:
         workload: checked; its network is in evaluation mode.
-        graph: the network's structure.
+        exporter: of the workload's network.
         bank: calibrated.
         profile: the device.
         settings: how many calibration samples each step reads.
         folder: the run folder; files go to `artifacts/`, `measurements/` and `scratch/`.
-
-    Raises:
-        ExportError: the original network cannot be exported.
     """
 
     def __init__(
         self,
         workload: Workload,
-        graph: NetworkGraph,
+        exporter: Exporter,
         bank: Bank,
         profile: DeviceProfile,
         settings: CalibrationSettings,
         folder: Path,
     ) -> None:
         self._workload = workload
-        self._graph = graph
+        self._exporter = exporter
         self._bank = bank
         self._profile = profile
         self._folder = folder
         self._calibration = workload.calibration.inputs
-        parity = tuple(x[:_PARITY_SAMPLES] for x in self._calibration)
-        self._exporter = Exporter(bank.network, graph, workload.example_inputs, parity)
         self._repair = BatchNormRepair(bank.network, self._calibration, settings.repair_samples)
         (folder / "artifacts").mkdir(parents=True, exist_ok=True)
         (folder / "measurements").mkdir(exist_ok=True)

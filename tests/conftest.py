@@ -4,24 +4,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_workload import QUICK_PROFILE
 
 HERE = Path(__file__).resolve().parent
-
-QUICK_PROFILE = {
-    "version": 1,
-    "name": "quick",
-    "kind": "cpu",
-    "runtime": {"name": "onnxruntime", "provider": "CPUExecutionProvider", "threads": 1},
-    "channel_multiple": 8,
-    "kernels": {"Conv": [32, 8], "Gemm": [32, 8], "MatMul": [32, 8]},
-    "measuring": {
-        "target_half_width": 0.3,
-        "time_limit_s": 0.5,
-        "final_target_half_width": 0.3,
-        "final_time_limit_s": 0.5,
-        "hang_limit_s": 30.0,
-    },
-}
 
 
 @pytest.fixture

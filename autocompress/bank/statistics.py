@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast, final
 
 import torch
 import torch.nn.functional as F
@@ -64,19 +64,15 @@ def collect_statistics(
         advance: called after every batch of 64 samples.
     """
     samples = len(inputs[0])
-    sums: dict[str, list[Any]] = {}
+    sums: dict[str, _Sums] = {}
     generator = torch.Generator().manual_seed(0)
 
     def gather(name: str, rows: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = unfold_inputs(module, args[0].detach().float(), generator, rows)
-            moment, mean = (x.T @ x).double(), x.sum(0, dtype=torch.float64)
-            if name in sums:
-                sums[name] = [
-                    a + b for a, b in zip(sums[name], (moment, mean, len(x)), strict=True)
-                ]
-            else:
-                sums[name] = [moment, mean, len(x)]
+            if name not in sums:
+                sums[name] = _Sums(x.mean(0))
+            sums[name].add(x)
 
         return hook
 
@@ -94,4 +90,32 @@ def collect_statistics(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: LayerStatistics(m / n, s / n) for name, (m, s, n) in sums.items()}
+    return {name: found.statistics() for name, found in sums.items()}
+
+
+@final
+class _Sums:
+    """Moments summed about a first guess of the mean.
+
+    Float32 products of raw inputs would lose small variances around large means.
+    """
+
+    def __init__(self, guess: Tensor) -> None:
+        self._guess = guess
+        self._moment = torch.zeros(len(guess), len(guess), dtype=torch.float64)
+        self._total = torch.zeros(len(guess), dtype=torch.float64)
+        self._rows = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in rows, shape (n, in)."""
+        x = x - self._guess
+        self._moment += (x.T @ x).double()
+        self._total += x.sum(0, dtype=torch.float64)
+        self._rows += len(x)
+
+    def statistics(self) -> LayerStatistics:
+        """The moments about zero."""
+        rest = self._total / self._rows
+        mean = self._guess.double() + rest
+        centred = self._moment / self._rows - torch.outer(rest, rest)
+        return LayerStatistics(centred + torch.outer(mean, mean), mean)

@@ -18,6 +18,7 @@ from autocompress.config import (
 from autocompress.device import DeviceProfile, fingerprint, load_profile
 from autocompress.errors import ConfigError
 from autocompress.evaluate import Stopwatch
+from autocompress.export import Exporter
 from autocompress.graph import NetworkGraph, trace
 from autocompress.measure.runtime import runtime_for
 from autocompress.search.progress import Progress
@@ -25,6 +26,9 @@ from autocompress.search.run_folder import Identity, RunFolder
 from autocompress.search.space import Space, build_space
 from autocompress.techniques.technique import GroupTechnique, LayerTechnique
 from autocompress.workload import Workload, check_workload, load_workload
+
+# On so many calibration samples PyTorch and ONNX are compared.
+_PARITY_SAMPLES = 8
 
 
 @final
@@ -51,6 +55,7 @@ class Prepared:
     profile: DeviceProfile
     workload: Workload
     graph: NetworkGraph
+    exporter: Exporter
     space: Space
     identity: Identity
     folder: RunFolder
@@ -78,12 +83,18 @@ def prepare(path: Path, options: Options, progress: Progress) -> Prepared:
     progress.stage("trace network")
     graph = trace(workload.network, workload.example_inputs)
     space = build_space(graph, space_file, profile)
+    progress.stage("export network")
+    parity = tuple(x[:_PARITY_SAMPLES] for x in workload.calibration.inputs)
+    exporter = Exporter(workload.network, graph, workload.example_inputs, parity)
+    exporter.export(workload.network)
     identity = Identity(
         experiment, space_file, profile, fingerprint(profile), network_hash(workload.network)
     )
     folder = RunFolder(options.run or Path("runs") / experiment.name)
     seconds = clock.seconds["workload"]
-    return Prepared(experiment, profile, workload, graph, space, identity, folder, seconds)
+    return Prepared(
+        experiment, profile, workload, graph, exporter, space, identity, folder, seconds
+    )
 
 
 def with_options(experiment: Experiment, options: Options) -> Experiment:

@@ -45,7 +45,7 @@ def run_search(path: Path, options: Options, progress: Progress | None = None) -
         bank = fill_bank(prepared, progress)
         with Evaluator(
             prepared.workload,
-            prepared.graph,
+            prepared.exporter,
             bank,
             prepared.profile,
             prepared.experiment.calibration,

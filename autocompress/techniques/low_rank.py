@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from autocompress.device import DeviceProfile
+from autocompress.errors import PlanError
 from autocompress.graph import Layer
 from autocompress.plan import Decision
 from autocompress.techniques.reconstruction import damped_moment
@@ -54,7 +55,16 @@ def _solve(problem: LayerProblem, decision: Decision) -> Variant:
 
     The first r columns of `left` times the first r rows of `right` are the rank-r weight with the
     least output error on the calibration data (Yuan et al. 2023, ASVD; Wang et al. 2024, SVD-LLM).
+
+    Raises:
+        PlanError: the layer is a grouped convolution.
     """
+    if problem.layer.groups > 1:
+        raise PlanError(
+            "A grouped convolution cannot be decomposed.",
+            given=f"{problem.layer.name} with {problem.layer.groups} groups",
+            allowed="linear layers, and convolutions of one group",
+        )
     weight = problem.weight.double()
     if problem.statistics is None:
         root = torch.eye(weight.shape[1], dtype=torch.float64)

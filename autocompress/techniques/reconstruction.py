@@ -23,13 +23,23 @@ def damped_moment(statistics: LayerStatistics, free_bias: bool) -> Tensor:
 
     With a free bias the inputs are centred: a constant shift of the output costs nothing then.
     """
-    moment = statistics.moment
-    if free_bias:
-        moment = moment - torch.outer(statistics.mean, statistics.mean)
-    diagonal = moment.diagonal()
-    dead = diagonal <= 1e-12 * diagonal.max().clamp(min=1e-30)
-    damping = DAMPING * diagonal.mean()
-    return moment + torch.diag(torch.where(dead, torch.ones_like(diagonal), damping))
+    moment = _moment(statistics, free_bias)
+    damping = DAMPING * moment.diagonal().mean()
+    if not damping > 0:
+        damping = torch.ones_like(damping)
+    return moment + damping * torch.eye(len(moment), dtype=moment.dtype)
+
+
+def dead_columns(statistics: LayerStatistics, free_bias: bool) -> Tensor:
+    """Which inputs never vary (with a free bias) or are always zero, shape (in,), bool."""
+    diagonal = _moment(statistics, free_bias).diagonal()
+    return diagonal <= 1e-12 * diagonal.max().clamp(min=1e-30)
+
+
+def _moment(statistics: LayerStatistics, free_bias: bool) -> Tensor:
+    if not free_bias:
+        return statistics.moment
+    return statistics.moment - torch.outer(statistics.mean, statistics.mean)
 
 
 def refit(problem: LayerProblem, keep: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -92,6 +102,8 @@ class _ConsumerState:
         h = damped_moment(statistics, problem.free_bias)
         self._columns = consumer_columns(problem, member)
         self._weight = problem.weight.double().clone()
+        # A dead column costs nothing: its damping alone would price a large weight.
+        self._weight[:, dead_columns(statistics, problem.free_bias)] = 0
         self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
         self._energy = ((self._weight @ h) * self._weight).sum().clamp(min=1e-30)
         self._alive = torch.ones(len(self._columns), dtype=torch.bool)

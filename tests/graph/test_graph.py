@@ -15,6 +15,7 @@ from autocompress.errors import GraphError
 from autocompress.graph import ChannelGroup, NetworkGraph, trace
 from autocompress.graph.groups import dense_consumers, kept_size, remove_channels
 
+
 class Wrapped(nn.Module):
     """Named layers and a forward function over them."""
 
@@ -72,9 +73,9 @@ def test_a_depthwise_convolution_belongs_to_the_group_before_it() -> None:
     assert sides(groups["expand"]) == {
         ("expand", "out"), ("bn1", "out"), ("depthwise", "out"), ("bn2", "out"), ("project", "in"),
     }  # fmt: skip
-    assert [m.module for m in dense_consumers(make_case("depthwise").network, groups["expand"])] == [
-        "project"
-    ]
+    assert [
+        m.module for m in dense_consumers(make_case("depthwise").network, groups["expand"])
+    ] == ["project"]
 
 
 def test_a_flatten_gives_every_channel_its_block_of_columns() -> None:
@@ -334,7 +335,8 @@ class Failing(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("boom"), AssertionError("boom"), KeyError("boom"), AttributeError("boom")]
+    "error",
+    [RuntimeError("boom"), AssertionError("boom"), KeyError("boom"), AttributeError("boom")],
 )
 def test_a_network_that_does_not_run_is_a_graph_error(error: Exception) -> None:
     with pytest.raises(GraphError, match="boom") as caught:

@@ -13,7 +13,7 @@ def _measured(value: float, spread: float = 0.0, unit: str = "") -> Measurement:
     return Measurement(value, value - spread, value + spread, unit, "measured", "device")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_evaluation() -> Callable[..., Evaluation]:
     def make(
         candidate: str,
