@@ -277,9 +277,7 @@ def make_device(
         kind="cpu",
         runtime=RuntimeSettings(name="onnxruntime", provider="CPUExecutionProvider", threads=1),
         channel_multiple=channel_multiple,
-        kernels={name: (32, 8) for name in ("Conv", "Gemm", "MatMul")}
-        if kernels is None
-        else kernels,
+        kernels=dict.fromkeys(("Conv", "Gemm", "MatMul"), (32, 8)) if kernels is None else kernels,
         measuring=MeasuringSettings(
             target_half_width=0.2,
             time_limit_s=1,

@@ -67,25 +67,29 @@ def collect_statistics(
     sums: dict[str, _Sums] = {}
     generator = torch.Generator().manual_seed(0)
 
-    def gather(name: str, rows: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    quota = 0
+
+    def gather(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = unfold_inputs(module, args[0].detach().float(), generator, rows)
+            x = unfold_inputs(module, args[0].detach().float(), generator, quota)
             if name not in sums:
                 sums[name] = _Sums(x.mean(0))
             sums[name].add(x)
 
         return hook
 
-    rows = max(1, rows_per_layer * _BATCH // samples)
     handles = [
-        network.get_submodule(layer.name).register_forward_pre_hook(gather(layer.name, rows))
+        network.get_submodule(layer.name).register_forward_pre_hook(gather(layer.name))
         for layer in layers
         if layer.groups == 1
     ]
     try:
         with torch.no_grad():
             for start in range(0, samples, _BATCH):
-                network(*(x[start : start + _BATCH] for x in inputs))
+                batch = tuple(x[start : start + _BATCH] for x in inputs)
+                # In proportion, or the samples of a short last batch would weigh more.
+                quota = max(1, rows_per_layer * len(batch[0]) // samples)
+                network(*batch)
                 advance()
     finally:
         for handle in handles:

@@ -77,8 +77,9 @@ class VariantStore:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors"
 
     def _hold(self, key: str, variant: Variant) -> None:
+        self._held_bytes += _size(variant) - _size(self._held.get(key, {}))
         self._held[key] = variant
-        self._held_bytes += _size(variant)
+        self._held.move_to_end(key)
         while self._held_bytes > self._limit and len(self._held) > 1:
             _, dropped = self._held.popitem(last=False)
             self._held_bytes -= _size(dropped)

@@ -103,7 +103,8 @@ class Exporter:
                     given=found.shape, allowed=reference.shape,
                 )  # fmt: skip
             scale = float(np.abs(reference).max()) or 1.0
-            worst = max(worst, float(np.abs(found - reference).max()) / scale)
+            # Not Python's max, which would drop a NaN.
+            worst = float(np.maximum(worst, np.abs(found - reference).max() / scale))
         if not worst <= PARITY_TOLERANCE:
             raise ExportError(
                 "The ONNX file does not compute what the network computes.",

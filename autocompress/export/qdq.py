@@ -24,6 +24,7 @@ _FUSED_ACTIVATIONS = ("Relu", "Clip")
 # Shares of the observed range that are tried as the representable one.
 _CLIP_RATIOS = np.linspace(0.5, 1.0, 26)
 _SAMPLED_VALUES = 50_000
+_SMALLEST_SCALE = 1e-12
 
 
 @final
@@ -75,14 +76,17 @@ def activation_range(values: NDArray[np.float32]) -> _Range:
     """The 8-bit grid with the least squared error on observed values; zero is exact.
 
     Args:
-        values: any shape; at most about 50,000 of them, evenly spaced, are looked at.
+        values: any shape; of more than 50,000 a random sample, always the same, is looked at.
     """
     flat = values.reshape(-1)
     low, high = min(float(flat.min()), 0.0), max(float(flat.max()), 0.0)
-    sample = flat[:: max(1, flat.size // _SAMPLED_VALUES)].astype(np.float64)
+    if flat.size > _SAMPLED_VALUES:
+        # Not evenly spaced: a stride that divides the width would see some features only.
+        flat = flat[np.random.default_rng(0).integers(flat.size, size=_SAMPLED_VALUES)]
+    sample = flat.astype(np.float64)
     best, best_error = _Range(np.float32(1.0), np.uint8(0)), np.inf
     for ratio in _CLIP_RATIOS:
-        scale = max((high - low) * ratio / 255.0, 1e-12)
+        scale = max((high - low) * ratio / 255.0, _SMALLEST_SCALE)
         zero_point = float(np.clip(np.round(-low * ratio / scale), 0, 255))
         grid = np.clip(np.round(sample / scale) + zero_point, 0, 255)
         error = float(np.square((grid - zero_point) * scale - sample).sum())
@@ -127,6 +131,8 @@ class _Rewriter:
                 self._made_as_integers.add(output)
                 chosen.add(output)
         self.tensors = sorted(chosen)
+        # Integer results that leave the model: dequantized, they keep the output's name.
+        self._leaving = self._outputs & self._made_as_integers
 
     def _activated(self, node: onnx.NodeProto) -> str:
         """The tensor that a node's fused kernel writes: after a sole activation that reads it."""
@@ -152,14 +158,16 @@ class _Rewriter:
         added: list[onnx.TensorProto] = []
         pairs: dict[str, list[onnx.NodeProto]] = {}
         for name, grid in ranges.items():
-            pairs[name] = self._activation_pair(name, grid, added)
+            pair = self._activation_pair(name, grid, added)
+            pairs[pair[0].input[0]] = pair
+        weight_scales = self._weight_scales(ranges, values)
         weight_nodes: list[onnx.NodeProto] = []
         done = set[str]()
         for node in self._layers:
             weight = str(node.input[1])
             bias = str(node.input[2]) if len(node.input) > 2 and node.input[2] else ""
             grid = ranges[node.input[0]]
-            scale = self._weight_scale(weight, grid, values.get(bias))
+            scale = weight_scales[weight]
             if weight not in done:
                 weight_nodes.append(_integer_weight(values.pop(weight), scale, axes[weight], added))
                 done.add(weight)
@@ -170,21 +178,30 @@ class _Rewriter:
                 name = f"{node.output[0]}_bias"
                 weight_nodes.append(_integer_bias(name, values[bias], scales, added))
                 node.input[2] = f"{name}_dequantized"
-        self._redirect(set(pairs))
+        self._redirect(set(ranges) - self._leaving)
         used = {name for node in self._graph.node for name in node.input}
         del self._graph.initializer[:]
         self._graph.initializer.extend([v for n, v in values.items() if n in used] + added)
         self._insert(pairs, weight_nodes)
 
-    def _weight_scale(
-        self, weight: str, grid: _Range, bias: onnx.TensorProto | None
-    ) -> NDArray[np.float32]:
-        """The weight's scale, raised where the bias would overflow 32 bits."""
-        scale = np.asarray(self._scales[weight], np.float32)
-        if bias is None:
-            return scale
-        smallest = np.abs(numpy_helper.to_array(bias)) / (float(grid.scale) * 2.0**30)
-        return np.asarray(np.maximum(scale, smallest), np.float32)
+    def _weight_scales(
+        self, ranges: Mapping[str, _Range], values: Mapping[str, onnx.TensorProto]
+    ) -> dict[str, NDArray[np.float32]]:
+        """The weights' scales, raised where a bias would overflow 32 bits, and never zero.
+
+        A layer that is called several times has one scale for all calls.
+        """
+        scales = {
+            weight: np.maximum(np.asarray(scale, np.float32), np.float32(_SMALLEST_SCALE))
+            for weight, scale in self._scales.items()
+        }
+        for node in self._layers:
+            if len(node.input) > 2 and node.input[2] in values:
+                bias = np.abs(numpy_helper.to_array(values[node.input[2]]))
+                smallest = bias / (float(ranges[node.input[0]].scale) * 2.0**30)
+                raised = np.maximum(scales[node.input[1]], smallest)
+                scales[node.input[1]] = np.asarray(raised, np.float32)
+        return scales
 
     def _activation_pair(
         self, name: str, grid: _Range, added: list[onnx.TensorProto]
@@ -194,9 +211,13 @@ class _Rewriter:
             numpy_helper.from_array(np.asarray(grid.scale), scale),
             numpy_helper.from_array(np.asarray(grid.zero_point), zero),
         ]
-        integer, back = f"{name}_quantized", f"{name}_dequantized"
+        integer, back, source = f"{name}_quantized", f"{name}_dequantized", name
+        if name in self._leaving:
+            back, source = name, f"{name}_float"
+            for node in self._graph.node:
+                node.output[:] = [source if output == name else output for output in node.output]
         return [
-            helper.make_node("QuantizeLinear", [name, scale, zero], [integer], f"{name}_q"),
+            helper.make_node("QuantizeLinear", [source, scale, zero], [integer], f"{name}_q"),
             helper.make_node("DequantizeLinear", [integer, scale, zero], [back], f"{name}_dq"),
         ]
 

@@ -6,6 +6,7 @@ not in the graph, so one skeleton serves every pruning; a decomposed layer becom
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import warnings
@@ -33,7 +34,6 @@ def export_graph(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> onnx
     """
     # A batch of one would be taken for a constant.
     inputs = tuple(x if len(x) > 1 else torch.cat([x, x]) for x in example_inputs)
-    batch = torch.export.Dim("batch")
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -42,7 +42,7 @@ def export_graph(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> onnx
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 network, inputs, dynamo=True, verbose=False,
-                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                dynamic_shapes=_free_batches(network, len(inputs)),
             )  # fmt: skip
     except Exception as cause:
         raise ExportError(
@@ -57,6 +57,15 @@ def export_graph(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> onnx
     model = program.model_proto
     free_flattened_channels(model)
     return slim(model)
+
+
+def _free_batches(network: nn.Module, inputs: int) -> tuple[object, ...]:
+    """A free dimension 0 for every input, nested as the forward function takes them."""
+    shapes = tuple({0: torch.export.Dim("batch")} for _ in range(inputs))
+    for place, parameter in enumerate(inspect.signature(network.forward).parameters.values()):
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            return (*shapes[:place], shapes[place:])
+    return shapes
 
 
 def free_flattened_channels(model: onnx.ModelProto) -> None:

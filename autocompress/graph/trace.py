@@ -68,6 +68,13 @@ def trace(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> NetworkGrap
             given=type(network).__name__,
             allowed="at least one of " + ", ".join(t.__name__ for t in LAYER_TYPES),
         )
+    if isinstance(network, LAYER_TYPES):
+        raise GraphError(
+            "The network is itself a layer, which cannot be replaced in place.",
+            given=type(network).__name__,
+            allowed="a module that contains its layers",
+            advice="wrap it in torch.nn.Sequential",
+        )
     return NetworkGraph(layers, find_groups(network, example_inputs), norms)
 
 

@@ -109,10 +109,10 @@ def _norms(network: nn.Module) -> list[tuple[str, Any]]:
 
 def _observe(x: Tensor) -> _Observed:
     flat = x.reshape(x.shape[0], x.shape[1], -1)
-    first = flat.mean(2)
-    # Centred per sample before squaring: float32 would lose small variances around large means.
-    second = flat.var(2, correction=0) + first.square()
-    return _Observed(first.double(), second.double())
+    first = flat.mean(2).double()
+    # Centred per sample, then in float64: float32 would lose small variances around large means.
+    second = flat.var(2, correction=0).double() + first.square()
+    return _Observed(first, second)
 
 
 def _controlled(values: Tensor, control: Tensor, true: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ _PLAN = "plan_hash"
 _FAILURE = "failure"
 _DUPLICATE = "duplicate_of"
 _INTERRUPTED = "interrupted"
-_MOST_INTERRUPTIONS = 3
+_MOST_INTERRUPTIONS = 5
 _DUPLICATES_IN_A_ROW = 20
 
 

@@ -24,13 +24,13 @@ LAYERS = {
     "reflect": (nn.Conv2d(3, 5, 3, padding=(1, 2), padding_mode="reflect"), (2, 3, 7, 6)),
     "circular": (nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular"), (2, 3, 7, 6)),
     "replicate": (nn.Conv2d(3, 5, 3, 2, padding=2, padding_mode="replicate"), (2, 3, 7, 6)),
-    "same": (nn.Conv2d(3, 5, (3, 4), padding="same"), (2, 3, 7, 6)),
+    "same": (nn.Conv2d(3, 5, (3, 4), padding="same", dilation=(1, 2)), (2, 3, 7, 6)),
     "same, dilated, reflect": (
         nn.Conv2d(3, 5, (2, 3), padding="same", dilation=2, padding_mode="reflect"), (2, 3, 7, 6),
     ),
     "valid": (nn.Conv2d(3, 5, 3, padding="valid"), (2, 3, 7, 6)),
     "signal": (nn.Conv1d(3, 5, 4, stride=2, padding=3, dilation=2), (2, 3, 15)),
-    "signal, same": (nn.Conv1d(3, 5, 4, padding="same"), (2, 3, 15)),
+    "signal, same": (nn.Conv1d(3, 5, 4, padding="same", dilation=2), (2, 3, 15)),
     "signal, reflect": (nn.Conv1d(3, 5, 3, padding=2, padding_mode="reflect"), (2, 3, 15)),
 }  # fmt: skip
 
@@ -101,6 +101,17 @@ def test_sampled_statistics_are_near_the_exact_ones() -> None:
         error = (some[name].moment - exact[name].moment).norm() / exact[name].moment.norm()
         assert 0 < error < 0.2
         assert torch.equal(some[name].moment, again[name].moment)
+
+
+def test_every_sample_weighs_the_same_also_in_a_short_last_batch() -> None:
+    """65 samples come in batches of 64 and 1; only the last one is not zero."""
+    network = nn.Sequential(nn.Conv2d(2, 3, 1)).eval()
+    x = torch.zeros(65, 2, 20, 20)
+    x[-1] = 1
+    layers = trace(network, (x[:2],)).layers
+    for rows in (650, 10**9):
+        mean = collect_statistics(network, layers, (x,), rows)["0"].mean
+        torch.testing.assert_close(mean, torch.full((2,), 1 / 65, dtype=torch.float64))
 
 
 def test_grouped_convolutions_have_no_statistics() -> None:

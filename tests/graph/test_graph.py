@@ -370,6 +370,12 @@ def test_a_network_without_layers_is_a_graph_error() -> None:
     assert "Conv2d" in str(caught.value.allowed)
 
 
+def test_a_network_that_is_itself_a_layer_is_refused_with_advice() -> None:
+    with pytest.raises(GraphError, match="itself a layer") as caught:
+        trace(nn.Linear(4, 3), (torch.randn(2, 4),))
+    assert "Sequential" in str(caught.value.advice)
+
+
 @given(
     st.integers(1, 300), st.floats(0, 1, exclude_max=True), st.integers(1, 32), st.floats(0, 0.5)
 )

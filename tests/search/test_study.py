@@ -88,7 +88,7 @@ def test_figures_that_were_kept_before_the_kill_are_not_lost(tmp_path, make_eval
 
 def test_a_plan_that_ends_the_process_each_time_is_given_up(tmp_path):
     first = open_study(tmp_path).propose().plan.hash
-    for _ in range(3):
+    for _ in range(5):
         assert open_study(tmp_path).propose().plan.hash == first
     study = open_study(tmp_path)
     assert "interrupted" in study.failures[first]

@@ -25,8 +25,13 @@ from autocompress.bank import stitch
 from autocompress.device import DeviceProfile
 from autocompress.errors import ConfigError, PlanError
 from autocompress.plan import Decision, Plan, Step, make_decision
-from autocompress.techniques import TECHNIQUES, GroupTechnique, Technique, read_plan
-from autocompress.techniques import technique_named
+from autocompress.techniques import (
+    TECHNIQUES,
+    GroupTechnique,
+    Technique,
+    read_plan,
+    technique_named,
+)
 
 NETWORKS = [name for name in NAMES if name != "reshaped"]
 every_technique = pytest.mark.parametrize("technique", TECHNIQUES, ids=lambda t: t.name)

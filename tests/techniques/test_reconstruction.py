@@ -12,6 +12,7 @@ from problems import (
     group_of,
     problem_of,
     random_weight,
+    statistics_of,
 )
 from torch import Tensor
 
@@ -179,7 +180,7 @@ def test_a_repeated_channel_goes_first() -> None:
 def test_the_damped_moment_is_positive_definite(seed: int, free_bias: bool) -> None:
     rows = correlated_rows(4, 8, seed)  # fewer rows than columns
     rows[:, 1] = 0
-    moment = damped_moment(problem_of(random_weight(1, 8, 0), rows, free_bias=free_bias).statistics, free_bias)  # type: ignore[arg-type]  # fmt: skip
+    moment = damped_moment(statistics_of(rows), free_bias)
     assert float(torch.linalg.eigvalsh(moment)[0]) > 0
 
 

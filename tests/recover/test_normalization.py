@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from networks import SAMPLES, bank_of, enliven, graph_of, make_case, run
+from torch import Tensor, nn
+
+from autocompress.bank import Bank, stitch
+from autocompress.config import CalibrationSettings
+from autocompress.graph import trace
+from autocompress.plan import Plan, Step
+from autocompress.recover import BatchNormRepair
+from autocompress.techniques.filter_prune import FilterPrune
+from autocompress.techniques.low_rank import LowRank
+
+NORMED = ["residual", "depthwise", "signal"]
+Statistics = dict[str, tuple[Tensor, Tensor]]
+
+
+def norms_of(network: nn.Module) -> dict[str, nn.Module]:
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
+    return {name: m for name, m in network.named_modules() if isinstance(m, kinds)}
+
+
+def statistics_of(network: nn.Module) -> Statistics:
+    return {
+        name: (norm.running_mean.clone(), norm.running_var.clone())
+        for name, norm in norms_of(network).items()
+    }
+
+
+def plain_estimate(network: nn.Module, inputs: tuple[Tensor, ...]) -> Statistics:
+    """PyTorch's own training-mode statistics of one batch, but with the biased variance."""
+    network = copy.deepcopy(network)
+    sizes: dict[str, int] = {}
+    for name, norm in norms_of(network).items():
+        norm.momentum = None
+        norm.reset_running_stats()
+        norm.register_forward_pre_hook(
+            lambda m, args, key=name: sizes.update({key: args[0].numel() // args[0].shape[1]})
+        )
+        norm.train()
+    run(network, inputs)
+    return {
+        name: (mean, variance * (sizes[name] - 1) / sizes[name])
+        for name, (mean, variance) in statistics_of(network).items()
+    }
+
+
+def assert_close(one: Statistics, other: Statistics, tolerance: float = 1e-4) -> None:
+    assert one.keys() == other.keys()
+    for name, pair in one.items():
+        for a, b in zip(pair, other[name], strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def pruned(name: str, ratio: float = 0.5, bank: Bank | None = None):
+    graph = graph_of(name) if bank is None else bank.graph
+    groups = [g for g in graph.groups if g.prunable]
+    steps = tuple(Step(g.name, FilterPrune(pruning_ratio=ratio)) for g in groups)
+    return stitch(bank or bank_of(name), Plan(steps))
+
+
+@pytest.mark.parametrize("samples", [8, 33, SAMPLES])
+@pytest.mark.parametrize("name", NORMED)
+def test_an_unchanged_network_gets_the_statistics_of_all_the_data(name: str, samples: int) -> None:
+    case = make_case(name)
+    network = copy.deepcopy(case.network)
+    for norm in norms_of(network).values():
+        norm.running_mean += 1  # they are set, not averaged with the old ones
+    BatchNormRepair(case.network, case.inputs, samples)(network, {})
+    assert_close(statistics_of(network), plain_estimate(case.network, case.inputs))
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_with_all_the_samples_it_is_a_plain_estimate_of_the_changed_network(name: str) -> None:
+    """Layer after layer: each norm sees what the repaired ones before it give."""
+    case = make_case(name)
+    stitched = pruned(name)
+    expected = plain_estimate(stitched.network, case.inputs)
+    BatchNormRepair(case.network, case.inputs, SAMPLES)(stitched.network, stitched.kept_channels)
+    assert_close(statistics_of(stitched.network), expected)
+
+
+def test_a_decomposed_network_is_repaired_too() -> None:
+    case = make_case("residual")
+    plan = Plan((Step("block1.conv1", LowRank(rank_ratio=0.3)),))
+    stitched = stitch(bank_of("residual"), plan)
+    expected = plain_estimate(stitched.network, case.inputs)
+    BatchNormRepair(case.network, case.inputs, SAMPLES)(stitched.network, stitched.kept_channels)
+    assert_close(statistics_of(stitched.network), expected)
+
+
+def test_few_samples_estimate_far_better_than_their_own_mean(tmp_path: Path) -> None:
+    """Against all 1024 samples, from 64 of them, over ten fixed draws of the data."""
+    case = make_case("residual")
+    errors: dict[str, list[float]] = {"controlled": [], "plain": []}
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(1024, 2, 8, 8, generator=generator)
+        level = torch.randn(1024, 1, 1, 1, generator=generator)
+        inputs = (noise * (1 + level.abs()) + level,)
+        network = copy.deepcopy(case.network)
+        enliven(network, inputs)
+        bank = Bank(network, trace(network, (inputs[0][:2],)), 1, tmp_path)
+        bank.calibrate((inputs[0][:256],), CalibrationSettings(rows_per_layer=4096))
+        stitched = pruned("residual", 0.25, bank)
+        exact = plain_estimate(stitched.network, inputs)
+        few = plain_estimate(stitched.network, tuple(x[:64] for x in inputs))
+        BatchNormRepair(network, inputs, 64)(stitched.network, stitched.kept_channels)
+        for kind, found in (("controlled", statistics_of(stitched.network)), ("plain", few)):
+            errors[kind].append(distance(found, exact))
+    wins = sum(a < b for a, b in zip(errors["controlled"], errors["plain"], strict=True))
+    assert wins >= 9
+    assert sum(errors["controlled"]) < 0.6 * sum(errors["plain"])
+
+
+def distance(found: Statistics, exact: Statistics) -> float:
+    """Mean squared error of means in deviations, and of log deviations."""
+    total = []
+    for name, (mean, variance) in exact.items():
+        deviation = variance.sqrt()
+        total.append(((found[name][0] - mean) / deviation).square().mean())
+        total.append((found[name][1].sqrt() / deviation).log().square().mean())
+    return float(torch.stack(total).mean())
+
+
+@pytest.mark.parametrize("name", ["concat", "tokens", "two_inputs", "two_outputs"])
+def test_networks_without_batch_norm_are_left_alone(name: str) -> None:
+    case = make_case(name)
+    stitched = pruned(name)
+    before = {k: v.clone() for k, v in stitched.network.state_dict().items()}
+    BatchNormRepair(case.network, case.inputs, 16)(stitched.network, stitched.kept_channels)
+    after = stitched.network.state_dict()
+    assert all(torch.equal(v, before[k]) for k, v in after.items())
+
+
+def test_only_statistics_change_and_no_hook_stays() -> None:
+    case = make_case("residual")
+    stitched = pruned("residual")
+    before = {k: v.clone() for k, v in stitched.network.state_dict().items()}
+    original = {k: v.clone() for k, v in case.network.state_dict().items()}
+    BatchNormRepair(case.network, case.inputs, 16)(stitched.network, stitched.kept_channels)
+    for key, value in stitched.network.state_dict().items():
+        assert torch.equal(value, before[key]) != key.endswith(("running_mean", "running_var")), key
+    for network in (case.network, stitched.network):
+        assert not any(m._forward_pre_hooks for m in network.modules())
+        assert not network.training
+    assert all(torch.equal(v, original[k]) for k, v in case.network.state_dict().items())
+
+
+class _Dead(nn.Module):
+    """A batch norm with a channel that is always zero and one that is constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 1)
+        self.norm = nn.BatchNorm2d(3)
+        with torch.no_grad():
+            self.conv.weight[:2] = 0
+            self.conv.bias[:] = torch.tensor([0.0, 2.0, 0.5])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)).mean((2, 3))
+
+
+def test_channels_that_never_vary_are_survived() -> None:
+    network = _Dead().eval()
+    inputs = (torch.randn(64, 2, 4, 4, generator=torch.Generator().manual_seed(0)),)
+    BatchNormRepair(network, inputs, 8)(network, {})
+    expected = plain_estimate(network, inputs)
+    assert_close(statistics_of(network), expected)
+    assert bool((network.norm.running_var >= 0).all())
+
+
+def test_a_channel_of_large_mean_and_small_deviation_keeps_its_variance() -> None:
+    network = _Dead().eval()
+    with torch.no_grad():
+        network.conv.weight[2] = 0.01
+        network.conv.bias[2] = 100
+    inputs = (torch.randn(64, 2, 4, 4, generator=torch.Generator().manual_seed(0)),)
+    repair = BatchNormRepair(network, inputs, 8)
+    repair(network, {})
+    variance = float(torch.var(0.01 * inputs[0].sum(1), correction=0))
+    assert float(network.norm.running_var[2]) == pytest.approx(variance, rel=0.02)
+
+
+def test_norms_without_running_statistics_are_left_alone() -> None:
+    network = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)).eval()
+    inputs = (torch.randn(16, 2, 4, 4),)
+    BatchNormRepair(network, inputs, 8)(network, {})
+    assert network[1].running_mean is None
+
+
+def test_norms_on_vectors() -> None:
+    network = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    inputs = (torch.randn(64, 4, generator=torch.Generator().manual_seed(0)),)
+    BatchNormRepair(network, inputs, 16)(network, {})
+    assert_close(statistics_of(network), plain_estimate(network, inputs))
