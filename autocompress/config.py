@@ -33,7 +33,7 @@ class SearchSettings(Strict):
     time_s: float | None = Field(default=None, gt=0)
     seed: int = Field(default=0, ge=0)
     sampler: Sampler = "tpe"
-    finalists: int = Field(default=12, ge=1)
+    finalists: int = Field(default=20, ge=1)
 
 
 class CalibrationSettings(Strict):

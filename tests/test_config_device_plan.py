@@ -24,7 +24,15 @@ from autocompress.techniques.precision import Precision
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("90", 90), ("90s", 90), ("10m", 600), ("1h30m", 5400), ("1.5m", 90), ("2h", 7200), ("1m5", 65)],
+    [
+        ("90", 90),
+        ("90s", 90),
+        ("10m", 600),
+        ("1h30m", 5400),
+        ("1.5m", 90),
+        ("2h", 7200),
+        ("1m5", 65),
+    ],
 )
 def test_durations_are_read(text, seconds):
     assert parse_duration(text) == seconds
@@ -32,7 +40,7 @@ def test_durations_are_read(text, seconds):
 
 @pytest.mark.parametrize("text", ["", "soon", "-5m", "0s", "10x", "m", "5m1h"])
 def test_other_durations_are_refused_with_examples(text):
-    with pytest.raises(ConfigError, match="10m|longer"):
+    with pytest.raises(ConfigError, match=r"10m|longer"):
         parse_duration(text)
 
 

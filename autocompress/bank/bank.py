@@ -26,6 +26,8 @@ from autocompress.techniques.technique import (
 )
 
 _STATISTICS = "statistics"
+# Counted up whenever a solver changes, so that no run goes on with what an older one solved.
+_SOLVERS = 1
 
 
 @final
@@ -58,7 +60,7 @@ class Bank:
         """Gather the statistics from calibration inputs, or read them if they are on disk."""
         inputs = tuple(x[: settings.statistics_samples] for x in inputs)
         self._identity = make_key(
-            network_hash(self.network), tensors_hash(inputs), settings.rows_per_layer
+            _SOLVERS, network_hash(self.network), tensors_hash(inputs), settings.rows_per_layer
         )
         key = self._key(_STATISTICS)
         stored = self._store.get(key)

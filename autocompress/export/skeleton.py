@@ -7,10 +7,13 @@ not in the graph, so one skeleton serves every pruning; a decomposed layer becom
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import math
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import cast, final
 
@@ -34,29 +37,48 @@ def export_graph(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> onnx
     """
     # A batch of one would be taken for a constant.
     inputs = tuple(x if len(x) > 1 else torch.cat([x, x]) for x in example_inputs)
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             program = torch.onnx.export(
                 network, inputs, dynamo=True, verbose=False,
                 dynamic_shapes=_free_batches(network, len(inputs)),
             )  # fmt: skip
     except Exception as cause:
         raise ExportError(
-            f"The network cannot be exported to ONNX: {str(cause).strip().splitlines()[0]}",
+            f"The network cannot be exported to ONNX: {_root_reason(cause)}",
             given=type(network).__name__,
             allowed="a network that torch.onnx.export(dynamo=True) takes with a free batch size",
             advice="see --debug for the exporter's own report",
         ) from cause
-    finally:
-        logger.setLevel(level)
     assert program is not None
     model = program.model_proto
     free_flattened_channels(model)
     return slim(model)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter from printing graphs and warnings; its errors say what matters."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _root_reason(error: BaseException) -> str:
+    """The first line of the error that began a chain; the exporter's own tells nothing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _free_batches(network: nn.Module, inputs: int) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""The last judgement: the front's members measured again, on data the search never saw."""
+"""The last judgement: which of the front's members are measured again, on data never seen."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from autocompress.evaluate import Evaluation
 from autocompress.pareto import hypervolume
 from autocompress.search.front import MAXIMISE, front_mask, objective_values
 
-# Points that lose more than this share of the original's metric are ruined, not compressed.
-_LARGEST_LOSS = 0.10
+# Shares of the original's metric: most users stop at the first; past the second nothing is left.
+_USEFUL_LOSS = 0.05
+_LARGEST_LOSS = 0.20
 _MARGIN = 1.05
 
 
@@ -22,33 +23,50 @@ def choose_finalists(
     objectives: Sequence[Objective],
     count: int,
 ) -> list[Evaluation]:
-    """The members of the front that cover it best, the most important first.
+    """The members of the front that cover its useful part best, the most important first.
 
     Greedy: each adds the most hypervolume to those before it (Guerreiro et al. 2016: at least
-    1 - 1/e of the best subset). The reference point is the original network, 10 % of its metric
-    below and a little worse in the rest, so ruined points are left out while there are others.
+    1 - 1/e of the best subset), with the reference point 5 % below the original's metric and a
+    little worse in the rest. Places that are left go to the members with the best metric, down to
+    20 % below the original's. If every member has lost more, the best one is judged alone.
     """
     mask = front_mask(evaluations, objectives)
     members = [e for e, on in zip(evaluations, mask, strict=True) if on]
-    if len(members) <= 1:
-        return members
-    values = np.array([objective_values(e, objectives) for e in members])
+    members.sort(key=lambda e: -e.metric.value)
+    level = original.metric.value
+    alive = [e for e in members if e.metric.value >= level - _LARGEST_LOSS * abs(level)]
+    chosen = _greedy_cover(alive, original, objectives, count)
+    rest = [e for e in alive if e not in chosen]
+    return [*chosen, *rest][:count] or members[:1]
+
+
+def _greedy_cover(
+    members: Sequence[Evaluation],
+    original: Evaluation,
+    objectives: Sequence[Objective],
+    count: int,
+) -> list[Evaluation]:
     base = objective_values(original, objectives)
-    reference = [
-        value - _LARGEST_LOSS * abs(value) if MAXIMISE[name] else value * _MARGIN
-        for name, value in zip(objectives, base, strict=True)
-    ]
+    reference = np.array(
+        [
+            value - _USEFUL_LOSS * abs(value) if MAXIMISE[name] else value * _MARGIN
+            for name, value in zip(objectives, base, strict=True)
+        ]
+    )
     maximise = [MAXIMISE[name] for name in objectives]
+    values = [objective_values(e, objectives) for e in members]
     chosen: list[int] = []
     best = 0.0
     while len(chosen) < min(count, len(members)):
         gains = {
-            i: hypervolume(values[[*chosen, i]], np.array(reference), maximise=maximise)
+            i: hypervolume(
+                np.array([values[j] for j in (*chosen, i)]), reference, maximise=maximise
+            )
             for i in range(len(members))
             if i not in chosen
         }
         index = max(gains, key=lambda i: gains[i])
-        if chosen and gains[index] <= best:
+        if gains[index] <= best:
             break
         best = gains[index]
         chosen.append(index)
