@@ -21,6 +21,7 @@ _MARGIN: Final = 9
 _LOG_BEYOND: Final = 5.0
 _MIN_WIDTH: Final = 40
 _MIN_HEIGHT: Final = 8
+_SMALLEST_SPAN: Final = 1e-4
 
 Mark = tuple[str, str]
 
@@ -107,12 +108,16 @@ def _frame(front: pd.DataFrame, *, columns: int, rows: int) -> _Frame:
     floor: NDArray[np.float64] = metric[reference]
     if member.any():
         floor = np.append(floor, np.quantile(metric[member], 0.25))
+    top = float(metric.max())
     bottom = float(floor.min() if len(floor) else metric.min())
+    if top - bottom < _SMALLEST_SPAN * abs(top):
+        # All that matters lies on one level: what is worse gives the axis its length.
+        bottom = float(metric.min())
     return _Frame(
         left=float(latency.min()),
         right=float(latency.max()),
         bottom=bottom,
-        top=float(metric.max()),
+        top=top,
         columns=columns,
         rows=rows,
     )
