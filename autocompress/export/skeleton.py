@@ -6,132 +6,20 @@ not in the graph, so one skeleton serves every pruning; a decomposed layer becom
 
 from __future__ import annotations
 
-import inspect
-import io
-import logging
-import math
-import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast, final
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
 from autocompress.errors import ExportError
+from autocompress.export.torch_export import export_graph, set_attribute
 
 Array = NDArray[np.float32]
-
-
-def export_graph(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
-    """Export a network in evaluation mode with a free batch dimension.
-
-    Raises:
-        ExportError: PyTorch's exporter cannot handle the network.
-    """
-    # A batch of one would be taken for a constant.
-    inputs = tuple(x if len(x) > 1 else torch.cat([x, x]) for x in example_inputs)
-    try:
-        with _quiet():
-            program = torch.onnx.export(
-                network, inputs, dynamo=True, verbose=False,
-                dynamic_shapes=_free_batches(network, len(inputs)),
-            )  # fmt: skip
-    except Exception as cause:
-        raise ExportError(
-            f"The network cannot be exported to ONNX: {_root_reason(cause)}",
-            given=type(network).__name__,
-            allowed="a network that torch.onnx.export(dynamo=True) takes with a free batch size",
-            advice="see --debug for the exporter's own report",
-        ) from cause
-    assert program is not None
-    model = program.model_proto
-    free_flattened_channels(model)
-    return slim(model)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter from printing graphs and warnings; its errors say what matters."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            redirect_stdout(io.StringIO()),
-            redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def _root_reason(error: BaseException) -> str:
-    """The first line of the error that began a chain; the exporter's own tells nothing."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def _free_batches(network: nn.Module, inputs: int) -> tuple[object, ...]:
-    """A free dimension 0 for every input, nested as the forward function takes them."""
-    shapes = tuple({0: torch.export.Dim("batch")} for _ in range(inputs))
-    for place, parameter in enumerate(inspect.signature(network.forward).parameters.values()):
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            return (*shapes[:place], shapes[place:])
-    return shapes
-
-
-def free_flattened_channels(model: onnx.ModelProto) -> None:
-    """Let a flatten take any number of channels, in place.
-
-    The exporter writes `[-1, features]`; `[0, -1]` means the same and fits pruned networks too.
-    """
-    shapes = {
-        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
-        for value in (*model.graph.input, *model.graph.value_info)
-    }
-    constants = {i.name: i for i in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type != "Reshape" or node.input[1] not in constants:
-            continue
-        source = shapes.get(node.input[0], [])
-        wanted = numpy_helper.to_array(constants[node.input[1]]).tolist()
-        features = [size for size in source[1:] if isinstance(size, int)]
-        keeps_batch = (
-            bool(source)
-            and isinstance(source[0], str)
-            and (len(features) == len(source) - 1 and wanted == [-1, math.prod(features)])
-        )
-        if keeps_batch:
-            name = f"{node.output[0]}_shape"
-            model.graph.initializer.append(numpy_helper.from_array(np.array([0, -1]), name))
-            node.input[1] = name
-            _set_attribute(node, "allowzero", 0)
-    used = {name for node in model.graph.node for name in node.input}
-    kept = [i for i in model.graph.initializer if i.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-
-
-def slim(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model without intermediate shapes and exporter notes; names and weights stay."""
-    del model.graph.value_info[:]
-    del model.metadata_props[:]
-    for item in (*model.graph.node, *model.graph.input, *model.graph.output):
-        del item.metadata_props[:]
-        item.doc_string = ""
-    for initializer in model.graph.initializer:
-        del initializer.metadata_props[:]
-    return model
 
 
 @final
@@ -293,7 +181,7 @@ def _rewrite_nodes(
     for node in graph.node:
         weight = node.input[1] if len(node.input) > 1 else ""
         if node.op_type == "Conv" and weight in groups:
-            _set_attribute(node, "group", groups[weight])
+            set_attribute(node, "group", groups[weight])
         if weight not in replaced or node.op_type not in ("Conv", "Gemm", "MatMul"):
             nodes.append(node)
             continue
@@ -311,9 +199,3 @@ def _rewrite_nodes(
         nodes += [first, second]
     del graph.node[:]
     graph.node.extend(nodes)
-
-
-def _set_attribute(node: onnx.NodeProto, name: str, value: int) -> None:
-    kept = [a for a in node.attribute if a.name != name]
-    del node.attribute[:]
-    node.attribute.extend([*kept, onnx.helper.make_attribute(name, value)])
