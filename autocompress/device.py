@@ -78,7 +78,7 @@ class DeviceProfile(Strict):
         Raises:
             DeviceError: the machine has no such core, or fewer cores than threads.
         """
-        available = sorted(os.sched_getaffinity(0))
+        available = usable_cores()
         threads = self.runtime.threads
         wanted = tuple(available[-threads:]) if self.cores == "auto" else self.cores
         if not set(wanted) <= set(available) or len(wanted) < threads:
@@ -122,6 +122,13 @@ def load_profile(name: str, near: Path | None = None) -> DeviceProfile:
     except ConfigError as cause:
         raise DeviceError(cause.what, given=cause.given, allowed=cause.allowed) from cause
     return validate(DeviceProfile, read_yaml(path, DeviceError), path, DeviceError)
+
+
+def usable_cores() -> list[int]:
+    """The cores that this process may run on, in order."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def _cpu_facts() -> tuple[str, tuple[str, ...]]:
@@ -171,6 +178,6 @@ def fingerprint(profile: DeviceProfile) -> Fingerprint:
 
 def all_cores(profile: DeviceProfile) -> DeviceProfile:
     """The same device with a thread on every core: for accuracy, where time does not matter."""
-    cores = tuple(sorted(os.sched_getaffinity(0)))
+    cores = tuple(usable_cores())
     runtime = profile.runtime.model_copy(update={"threads": len(cores)})
     return profile.model_copy(update={"runtime": runtime, "cores": cores})

@@ -27,6 +27,8 @@ from autocompress.workload import Split, Workload, network_outputs, score, score
 
 # The artifact that every speed-up is relative to.
 BASELINE = "original"
+# The unit of accuracy and agreement; a user's metric has its own.
+SHARE = "share"
 SplitName = Literal["search", "test"]
 
 _SCORING_BATCH = 64
@@ -44,7 +46,7 @@ class Evaluation:
         candidate: `original`, `stock_int8`, or the plan's hash.
         plan: rows of `Plan.to_rows`.
         split: which split the metric was taken on.
-        metric: the user's metric through the device's runtime.
+        metric: the user's metric through the device's runtime and settings, on all cores.
         latency: milliseconds per run at the profile's batch size.
         speedup: baseline over candidate, measured in turn.
         file_bytes: size of the ONNX file.
@@ -260,7 +262,8 @@ class Evaluator:
         error = score_standard_error(metric, value, len(data))
         spread = 0.0 if error is None else _CONFIDENCE_SIGMAS * error
         low, high = (value - spread, value + spread) if error is not None else (math.nan, math.nan)
-        return Measurement(value, low, high, "metric", "measured", self.device)
+        unit = "metric" if callable(metric) else SHARE
+        return Measurement(value, low, high, unit, "measured", self.device)
 
     def _reference_outputs(self, split: SplitName) -> tuple[Any, ...] | None:
         if self._workload.metric != "agreement":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -145,7 +146,11 @@ def test_a_finished_search_has_nothing_to_do_and_can_be_extended(finished, call)
     assert (folder / "run" / "front.csv").read_bytes() == before
     more = call("search", folder / "tiny.yaml", "--run", folder / "run", "--trials", "9")
     assert more.returncode == 0, more.stderr
-    assert len(pd.read_csv(folder / "run" / "front.csv")) == 11
+    frame = pd.read_csv(folder / "run" / "front.csv")
+    assert len(frame) == 11
+    before_rows = pd.read_csv(io.BytesIO(before)).set_index("candidate")
+    judged = before_rows[before_rows["role"] == "finalist"].index
+    assert frame.set_index("candidate").loc[judged, "metric_test"].notna().all()
 
 
 def test_a_run_of_another_seed_is_refused(finished, call):
@@ -175,6 +180,7 @@ def test_python_gives_the_same_front(finished):
         ({"search_space": "everything"}, ("everything", "cnn")),
         ({"objectives": ["beauty"]}, ("objectives", "metric")),
         ({"search": {"seed": 0}}, ("no limit", "--trials")),
+        ({"search": {"trials": 5, "seed": -1}}, ("seed",)),
     ],
 )
 def test_bad_experiments_are_exit_code_2_and_leave_nothing(
@@ -206,6 +212,18 @@ def test_missing_files_are_exit_code_2(call, arguments, word, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     refused(call(*arguments), word)
     assert not list(tmp_path.iterdir())
+
+
+def test_options_are_checked_like_the_file(call, tiny_experiment):
+    refused(call("search", tiny_experiment(), "--seed", "-1"), "seed")
+    refused(call("search", tiny_experiment(), "--trials", "0"), "trials")
+
+
+def test_the_shortest_time_still_gives_a_front(call, tiny_experiment, tmp_path):
+    result = call("search", tiny_experiment(), "--time", "1s", "--run", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    roles = pd.read_csv(tmp_path / "run" / "front.csv")["role"].tolist()
+    assert sorted(roles) == ["finalist", "original", "stock_int8"]
 
 
 def test_time_must_be_a_duration(call, tiny_experiment):

@@ -157,6 +157,7 @@ def test_a_sound_workload_passes_without_warnings():
         ({"train": Split(make_split(9, 5).inputs, torch.full((9,), -1))}, "-1 to -1"),
         ({"train": Split(make_split(9, 5).inputs, torch.zeros(9))}, "no class numbers"),
         ({"train": Split(make_split(9, 5).inputs, torch.eye(9, 3).long())}, r"argmax\(1\)"),
+        ({"network": Picker().double().eval()}, "network must be fp32(.|\n)*float64"),
         ({"metric": "f1"}, "metric is unknown(.|\n)*f1"),
         ({"metric": broken_metric}, "'broken_metric' raised KeyError"),
         ({"metric": lambda o, t: float("nan")}, "no finite number"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast, final
 
@@ -132,14 +132,6 @@ class Bank:
         fields = decision.model_dump(mode="json", exclude=set(technique.levels))
         key = self._key(technique.name, problem.layer.name, fields, context)
         return self._cached(key, lambda: technique.solve(problem, decision), lasting=not context)
-
-    def fill(
-        self, work: Iterable[tuple[LayerTechnique, str, Decision]], advance: Callable[[], None]
-    ) -> None:
-        """Solve variants of the original layers ahead of the search."""
-        for technique, layer, decision in work:
-            self.solve(technique, decision, self.problem(layer), "")
-            advance()
 
     def copy_network(self) -> nn.Module:
         """A copy of the original network that may be changed."""

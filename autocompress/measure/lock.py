@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from autocompress.errors import MeasurementError
+from autocompress.errors import DeviceError
 
 _POLL_S = 0.05
 
@@ -20,7 +20,7 @@ def lock_folder() -> Path:
     """This user's folder of lock files on this machine; made if it is not there.
 
     Raises:
-        MeasurementError: the folder belongs to another user or cannot be made.
+        DeviceError: the folder belongs to another user or cannot be made.
     """
     # A temporary folder, because a home folder may be shared by several machines.
     folder = Path(tempfile.gettempdir()) / f"autocompress-{os.getuid()}"
@@ -28,13 +28,13 @@ def lock_folder() -> Path:
         folder.mkdir(mode=0o700, exist_ok=True)
         owner = folder.lstat().st_uid
     except OSError as cause:
-        raise MeasurementError(
+        raise DeviceError(
             f"The folder for device locks cannot be made: {cause}",
             given=folder,
             advice="set TMPDIR to a folder that can be written to",
         ) from cause
     if owner != os.getuid():
-        raise MeasurementError(
+        raise DeviceError(
             "The folder for device locks belongs to another user.",
             given=folder,
             advice="set TMPDIR to a folder of your own",
@@ -59,7 +59,7 @@ def hold(
         waiting: called again and again while waiting.
 
     Raises:
-        MeasurementError: another process still holds one after `wait_s`; its pid is named.
+        DeviceError: another process still holds one after `wait_s`; its pid is named.
     """
     deadline = time.monotonic() + wait_s
     with ExitStack() as stack:
@@ -77,7 +77,7 @@ def _hold_one(path: Path, deadline: float, waiting: Callable[[], None]) -> Itera
         while not _try_lock(handle):
             if time.monotonic() >= deadline:
                 holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip()
-                raise MeasurementError(
+                raise DeviceError(
                     "The device is in use by another measurement.",
                     given=f"{path.stem}, held by process {holder or '(unknown)'}",
                     advice="wait until that process has ended, or end it",

@@ -51,9 +51,13 @@ class BatchNormRepair:
         def keep(name: str, norm: Any, x: Tensor) -> None:
             batches.setdefault(name, []).append(_observe(x))
 
-        for start in range(0, len(inputs[0]), _BATCH):
+        starts = range(0, len(inputs[0]), _BATCH)
+        for start in starts:
             _run(original, tuple(x[start : start + _BATCH] for x in inputs), keep)
         for name, parts in batches.items():
+            if len(parts) != len(starts):
+                # Called several times a pass, a norm has no moments of its own: it is left alone.
+                continue
             first = torch.cat([part.first for part in parts])
             second = torch.cat([part.second for part in parts])
             self._before[name] = _Observed(first[:samples], second[:samples])
@@ -68,6 +72,8 @@ class BatchNormRepair:
         """
 
         def repair(name: str, norm: Any, x: Tensor) -> None:
+            if name not in self._all:
+                return
             true, before = self._all[name], self._before[name]
             kept = list(kept_channels.get(name, range(len(true.first))))
             now = _observe(x)

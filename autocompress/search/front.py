@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from autocompress.config import Objective
-from autocompress.evaluate import Evaluation
+from autocompress.evaluate import SHARE, Evaluation
 from autocompress.files import write_whole
 from autocompress.pareto import non_dominated
 from autocompress.search.columns import COLUMNS, ORIGINAL, REFERENCES
@@ -79,11 +79,15 @@ def build_front(
     objectives: Sequence[Objective],
     searched: Sequence[Evaluation],
     judged: Sequence[Evaluation],
+    *,
+    complete: bool = False,
 ) -> Front:
     """Join what the search measured with what the final judging did.
 
-    Finalists were measured again, and only they can be on the front once there are any. The metric
-    that decides is always the search split's: choosing by the test split would spoil its verdict.
+    Finalists were measured again; once all are judged (`complete`), only they can be on the front.
+    The metric that decides is always the search split's: choosing by the test split would spoil its
+    verdict. `drop_test_pp` is in percentage points for accuracy and agreement, and in the metric's
+    own unit for a user's metric.
 
     Args:
         searched: evaluations on the search split, the reference points first.
@@ -91,17 +95,20 @@ def build_front(
     """
     by_name = {e.candidate: e for e in searched}
     final = {e.candidate: e for e in judged}
-    eligible = list(by_name.values())
-    if any(_is_ours(e) for e in judged):
-        eligible = [replace(e, metric=by_name[e.candidate].metric) for e in judged]
+    eligible = [
+        replace(final.get(name, e), metric=e.metric)
+        for name, e in by_name.items()
+        if not complete or name in final
+    ]
     mask = front_mask(eligible, objectives)
     members = {e.candidate for e, on in zip(eligible, mask, strict=True) if on}
     original = final.get(ORIGINAL)
+    points = 100 if original and original.metric.unit == SHARE else 1
     rows = []
     for name, evaluation in by_name.items():
         last = final.get(name, evaluation)
         tested = last.metric.value if name in final else np.nan
-        drop = 100 * (original.metric.value - tested) if original else np.nan
+        drop = points * (original.metric.value - tested) if original else np.nan
         rows.append(
             {
                 "candidate": name,

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
+import torch
+
 from autocompress.bank import Bank
-from autocompress.bank.store import network_hash
+from autocompress.bank.store import make_key, network_hash, tensors_hash
 from autocompress.config import (
     Experiment,
     SearchSettings,
     load_experiment,
     load_search_space,
     parse_duration,
+    validate,
 )
 from autocompress.device import DeviceProfile, fingerprint, load_profile
 from autocompress.errors import ConfigError
@@ -80,6 +86,7 @@ def prepare(path: Path, options: Options, progress: Progress) -> Prepared:
     progress.stage("check workload")
     for warning in check_workload(workload):
         progress.note(f"warning: {warning}")
+    workload = shuffle_calibration(workload)
     progress.stage("trace network")
     graph = trace(workload.network, workload.example_inputs)
     space = build_space(graph, space_file, profile)
@@ -88,13 +95,47 @@ def prepare(path: Path, options: Options, progress: Progress) -> Prepared:
     exporter = Exporter(workload.network, graph, workload.example_inputs, parity)
     exporter.export(workload.network)
     identity = Identity(
-        experiment, space_file, profile, fingerprint(profile), network_hash(workload.network)
+        experiment,
+        space_file,
+        profile,
+        fingerprint(profile),
+        network_hash(workload.network),
+        data_identity(workload),
     )
     folder = RunFolder(options.run or Path("runs") / experiment.name)
     seconds = clock.seconds["workload"]
     return Prepared(
         experiment, profile, workload, graph, exporter, space, identity, folder, seconds
     )
+
+
+def shuffle_calibration(workload: Workload) -> Workload:
+    """The workload with its calibration samples in a fixed random order.
+
+    Several steps read the first few only, and many data sets are sorted by class.
+    """
+    split = workload.calibration
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    return replace(workload, calibration=split.subset(order))
+
+
+def data_identity(workload: Workload) -> str:
+    """A hash of every split and of the metric's name or source."""
+    tensors = [
+        tensor
+        for split in workload.splits().values()
+        for tensor in (*split.inputs, *(() if split.targets is None else (split.targets,)))
+    ]
+    text = _source(workload.metric) if callable(workload.metric) else workload.metric
+    return make_key(tensors_hash(tuple(tensors)), hashlib.sha256(text.encode()).hexdigest()[:12])
+
+
+def _source(function: Callable[..., object]) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        # A metric without source, such as a partial function, is known by its type only.
+        return type(function).__name__
 
 
 def with_options(experiment: Experiment, options: Options) -> Experiment:
@@ -106,8 +147,6 @@ def with_options(experiment: Experiment, options: Options) -> Experiment:
     settings = experiment.search.model_dump()
     if options.trials is not None or options.time is not None:
         settings |= {"trials": options.trials, "time_s": None}
-    if options.trials is not None and options.trials < 1:
-        raise ConfigError("There must be a trial.", given=options.trials, allowed=">= 1")
     if options.time is not None:
         settings["time_s"] = parse_duration(options.time)
     if options.seed is not None:
@@ -117,7 +156,8 @@ def with_options(experiment: Experiment, options: Options) -> Experiment:
             "The search has no limit.",
             allowed="search.trials or search.time_s in the experiment, --trials N or --time 10m",
         )
-    return experiment.model_copy(update={"search": SearchSettings(**settings)})
+    checked = validate(SearchSettings, settings, "the search's limits", ConfigError)
+    return experiment.model_copy(update={"search": checked})
 
 
 def fill_bank(prepared: Prepared, progress: Progress) -> Bank:

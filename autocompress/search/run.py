@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import final
 
-from autocompress.errors import AutocompressError, ExportError, SearchError
+from autocompress.errors import DeviceError, ExportError, MeasurementError, SearchError
 from autocompress.evaluate import Artifact, Evaluation, Evaluator, SplitName
 from autocompress.files import write_json
 from autocompress.plan import Plan
@@ -22,7 +22,9 @@ from autocompress.techniques import read_plan
 
 # Final judging takes longer than planned now and then.
 _RESERVE_MARGIN = 1.15
-# If so many candidates fail and none works, something is wrong with all of them.
+# Of a time limit, at most this share is kept for judging.
+_LARGEST_RESERVE = 0.4
+# If so many candidates fail one after another, something is wrong with all of them.
 _HOPELESS = 10
 _SPLITS: tuple[SplitName, ...] = ("search", "test")
 
@@ -80,8 +82,15 @@ class _Search:
 
     def run(self) -> Front:
         self._measure_references()
+        self._judged += [
+            found
+            for evaluation in self._study.evaluations
+            if (found := self._folder.evaluation(evaluation.candidate, "test")) is not None
+        ]
         self._study.enqueue(uniform_seeds(self._prepared.space))
         self._try_plans()
+        if not self._study.evaluations:
+            raise self._nothing_found()
         return self._judge()
 
     def _measure_references(self) -> None:
@@ -113,60 +122,76 @@ class _Search:
         budget = self._budget
         self._progress.stage("search", budget.trials, limit_s=budget.remaining_s)
         self._progress.advance(self._study.finished)
-        while budget.allows_trial(self._study.finished, self._reserve_s()):
+        failed_in_a_row = 0
+        # However short the time: without one candidate there would be nothing to show.
+        while not self._study.finished or budget.allows_trial(
+            self._study.finished, self._reserve_s()
+        ):
             proposal = self._study.propose()
             if proposal is None:
+                most = self._prepared.space.size - 1
+                self._progress.note(
+                    f"the search space is used up: {self._study.finished} of {most:.0f} plans tried"
+                )
                 break
             self._folder.save_plan(proposal.plan)
             try:
                 evaluation = self._evaluator.evaluate(proposal.plan)
+            except (DeviceError, OSError):
+                # The machine's fault, not the plan's: the trial stays open and is tried again.
+                raise
             except Exception as cause:
                 # Whatever one plan does to PyTorch or the runtime must not end a search of hours.
                 self._study.fail(proposal, f"{type(cause).__name__}: {cause}")
-                self._stop_if_hopeless(cause)
+                failed_in_a_row += 1
+                self._stop_if_hopeless(failed_in_a_row, cause)
             else:
                 self._study.succeed(proposal, evaluation)
+                failed_in_a_row = 0
             self._note_time()
             self._progress.advance()
             self._show()
 
-    def _stop_if_hopeless(self, cause: Exception) -> None:
-        failed = len(self._study.failures)
-        if failed >= _HOPELESS and not self._study.evaluations:
+    def _stop_if_hopeless(self, failed: int, cause: Exception) -> None:
+        if failed >= _HOPELESS:
             self._show()
             raise SearchError(
-                f"The first {failed} candidates all failed; the search is given up.",
+                f"The last {failed} candidates all failed; the search is given up.",
                 given=f"{type(cause).__name__}: {cause}",
                 advice="see failures.json in the run folder; --debug shows the last traceback",
             ) from cause
 
+    def _nothing_found(self) -> SearchError:
+        self._show()
+        reasons = list(self._study.failures.values())
+        return SearchError(
+            f"None of {len(reasons)} candidates could be finished.",
+            given=reasons[0] if reasons else "no candidate was tried",
+            advice="see failures.json in the run folder",
+        )
+
     def _judge(self) -> Front:
         """Measure the front's members again and take their metric on the test split."""
-        finalists = choose_finalists(
-            self._study.evaluations,
-            self._references[0],
-            self._objectives,
-            self._prepared.experiment.search.finalists,
-        )
+        finalists = self._finalists()
         self._progress.stage("judge finalists", len(finalists))
+        done = {e.candidate for e in self._judged}
         for finalist in finalists:
-            found = self._folder.evaluation(finalist.candidate, "test")
             remaining = self._budget.remaining_s
             late = remaining is not None and remaining < self._one_final_s()
-            if found is None and late and any(e.plan for e in self._judged):
+            if finalist.candidate in done or (late and any(e.plan for e in self._judged)):
                 continue
-            if found is None:
-                try:
-                    found = self._judge_one(finalist)
-                except AutocompressError as reason:
-                    # It stays a candidate with the figures of the search.
-                    self._progress.note(f"finalist {finalist.candidate} failed: {reason}")
-                    continue
-                self._folder.save_evaluation(found)
-                self._note_time()
+            try:
+                found = self._judge_one(finalist)
+            except MeasurementError as reason:
+                # It stays a candidate with the figures of the search.
+                self._progress.note(f"finalist {finalist.candidate} failed: {reason}")
+                continue
+            self._folder.save_evaluation(found)
             self._judged.append(found)
+            self._note_time()
             self._progress.advance()
-        return self._show()
+            self._show()
+        return self._show(complete=True)
 
     def _judge_one(self, finalist: Evaluation) -> Evaluation:
         plan = read_plan(finalist.plan)
@@ -185,15 +210,29 @@ class _Search:
         return _RESERVE_MARGIN * min(seconds)
 
     def _reserve_s(self) -> float:
-        front = self._prepared.experiment.search.finalists
-        return front * self._one_final_s()
+        """Seconds to keep for judging what would be judged now."""
+        limit = self._budget.time_s
+        if limit is None:
+            return 0.0
+        finalists = max(1, len(self._finalists()))
+        return min(finalists * self._one_final_s(), _LARGEST_RESERVE * limit)
+
+    def _finalists(self) -> list[Evaluation]:
+        return choose_finalists(
+            self._study.evaluations,
+            self._references[0],
+            self._objectives,
+            self._prepared.experiment.search.finalists,
+        )
 
     def _note_time(self) -> None:
         self._folder.save_seconds_spent(self._budget.spent_s)
 
-    def _show(self) -> Front:
+    def _show(self, *, complete: bool = False) -> Front:
         searched = [*self._references, *self._study.evaluations]
-        front = build_front(self._folder.path, self._objectives, searched, self._judged)
+        front = build_front(
+            self._folder.path, self._objectives, searched, self._judged, complete=complete
+        )
         if self._study.failures:
             write_json(self._folder.path / "failures.json", dict(self._study.failures))
         if self._study.evaluations:

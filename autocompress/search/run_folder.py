@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from autocompress.evaluate import Evaluation
 from autocompress.files import write_json, write_whole
 from autocompress.plan import Plan
 
+_EXPERIMENT, _DEVICE = "experiment.yaml", "device.json"
 # These may change from one call to the next: they say how long to search, not what for.
 _LIMITS = ("trials", "time_s", "finalists")
 
@@ -30,6 +32,7 @@ class Identity:
 
     Attributes:
         network: hash of the network's structure and weights.
+        data: hash of the splits and the metric.
     """
 
     experiment: Experiment
@@ -37,6 +40,7 @@ class Identity:
     profile: DeviceProfile
     device: Fingerprint
     network: str
+    data: str
 
     def resolved(self) -> dict[str, Any]:
         """Plain values for `experiment.yaml`."""
@@ -45,6 +49,7 @@ class Identity:
             "search_space": self.space.model_dump(mode="json"),
             "device_profile": self.profile.model_dump(mode="json"),
             "network": self.network,
+            "data": self.data,
         }
 
 
@@ -67,23 +72,60 @@ class RunFolder:
             RunFolderError: it belongs to another experiment or device, holds something else, or
                 another search is using it.
         """
-        self._check(identity)
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as lock:
+        with self._lock():
+            self._check(identity)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._set_up(identity)
+            except OSError as cause:
+                raise RunFolderError(
+                    f"The run folder cannot be written: {cause}", given=self.path
+                ) from cause
+            yield
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Hold the folder's lock, which dies with this process."""
+        new = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w")
+        except OSError as cause:
+            raise RunFolderError(
+                f"The run folder cannot be used: {cause}",
+                given=self.path,
+                advice="give another folder with --run",
+            ) from cause
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as cause:
                 raise RunFolderError(
                     "Another search is working in this run folder.",
                     given=self.path,
                     advice="wait for it, or give another folder with --run",
                 ) from cause
-            text = yaml.safe_dump(identity.resolved(), sort_keys=False)
-            write_whole(self.path / "experiment.yaml", text.encode())
-            write_json(self.path / "device.json", identity.device.model_dump(mode="json"))
-            for name in ("artifacts", "plans", "finals"):
-                (self.path / name).mkdir(exist_ok=True)
-            yield
+            try:
+                yield
+            except RunFolderError:
+                self._forget_lock(new)
+                raise
+
+    def _forget_lock(self, new: bool) -> None:
+        """Leave a refused folder as it was found."""
+        if new or not (self.path / _EXPERIMENT).is_file():
+            (self.path / ".lock").unlink(missing_ok=True)
+
+    def _set_up(self, identity: Identity) -> None:
+        # Whatever a killed call left half-done is made anew.
+        shutil.rmtree(self.path / "scratch", ignore_errors=True)
+        for partial in self.path.rglob(".*.part"):
+            partial.unlink(missing_ok=True)
+        for name in ("artifacts", "plans", "finals"):
+            (self.path / name).mkdir(exist_ok=True)
+        write_json(self.path / _DEVICE, identity.device.model_dump(mode="json"))
+        # Last, because it makes the folder this experiment's.
+        text = yaml.safe_dump(identity.resolved(), sort_keys=False)
+        write_whole(self.path / _EXPERIMENT, text.encode())
 
     @property
     def database(self) -> Path:
@@ -125,9 +167,11 @@ class RunFolder:
         return self.path / "finals" / f"{candidate}-{split}.json"
 
     def _check(self, identity: Identity) -> None:
-        path = self.path / "experiment.yaml"
+        path = self.path / _EXPERIMENT
         if not path.is_file():
-            if self.path.exists() and any(self.path.iterdir()):
+            begun = {"artifacts", "plans", "finals", _DEVICE}
+            names = {p.name for p in self.path.iterdir() if not p.name.startswith(".")}
+            if names - begun:
                 raise RunFolderError(
                     "The run folder holds something else.",
                     given=self.path,
@@ -135,10 +179,17 @@ class RunFolder:
                     advice="give another folder with --run",
                 )
             return
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
         wanted = identity.resolved()
-        differences = sorted(_differences(_comparable(found), _comparable(wanted)))
-        device = json.loads((self.path / "device.json").read_text(encoding="utf-8"))
+        try:
+            found = _comparable(yaml.safe_load(path.read_text(encoding="utf-8")))
+            device = json.loads((self.path / _DEVICE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as cause:
+            raise RunFolderError(
+                "The run folder's files are not those of a search.",
+                given=self.path,
+                advice="give another folder with --run",
+            ) from cause
+        differences = sorted(_differences(found, _comparable(wanted)))
         differences += sorted(
             _differences(device, identity.device.model_dump(mode="json"), "device")
         )

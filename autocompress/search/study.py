@@ -29,6 +29,7 @@ _PLAN = "plan_hash"
 _FAILURE = "failure"
 _DUPLICATE = "duplicate_of"
 _INTERRUPTED = "interrupted"
+_SEEDS = "seeds"
 _MOST_INTERRUPTIONS = 5
 _DUPLICATES_IN_A_ROW = 20
 
@@ -54,7 +55,7 @@ class Study:
         seed: of the sampler.
 
     Raises:
-        RunFolderError: the file is no study, or one with other objectives.
+        RunFolderError: the file is no study.
     """
 
     def __init__(
@@ -112,10 +113,11 @@ class Study:
 
     def enqueue(self, seeds: Sequence[Mapping[str, int]]) -> None:
         """Put plans before those of the sampler, once per study."""
-        if len(self._study.get_trials(deepcopy=False)) == 0:
-            for seed in seeds:
-                values = {name: seed.get(name, 0) for name in self._distributions}
-                self._study.enqueue_trial(values)
+        done = int(self._study.user_attrs.get(_SEEDS, 0))
+        for count, seed in enumerate(seeds[done:], done + 1):
+            values = {name: seed.get(name, 0) for name in self._distributions}
+            self._study.enqueue_trial(values)
+            self._study.set_user_attr(_SEEDS, count)
 
     def propose(self) -> Proposal | None:
         """The next plan that was not tried yet; None when there seems to be none left."""
@@ -165,19 +167,26 @@ class Study:
             elif trial.state == TrialState.RUNNING:
                 interrupted.append(trial)
         for trial in interrupted:
-            self._study.tell(trial.number, state=TrialState.FAIL)
+            # A kill between the two leads to a duplicate, which is harmless, and to no loss.
             self._retry(trial)
+            self._study.tell(trial.number, state=TrialState.FAIL)
 
     def _retry(self, trial: FrozenTrial) -> None:
         times = int(trial.user_attrs.get(_INTERRUPTED, 0)) + 1
-        if _DUPLICATE in trial.user_attrs or len(trial.params) < len(self._distributions):
+        # A trial that was killed while it was drawn has only what it was enqueued with.
+        values = trial.system_attrs.get("fixed_params", trial.params)
+        if _DUPLICATE in trial.user_attrs or len(values) < len(self._distributions):
             return
-        plan = self._space.plan(trial.params)
+        plan = self._space.plan(values)
         if times > _MOST_INTERRUPTIONS:
             # A plan that ends the whole process each time must not stop the search for good.
-            self._failures[plan.hash] = f"the search was interrupted {times} times while trying it"
+            reason = f"the search was interrupted {times} times while trying it"
+            kept = Trial(self._study, trial._trial_id)
+            kept.set_user_attr(_PLAN, plan.hash)
+            kept.set_user_attr(_FAILURE, reason)
+            self._failures[plan.hash] = reason
             return
-        self._study.enqueue_trial(trial.params, user_attrs={_INTERRUPTED: times})
+        self._study.enqueue_trial(values, user_attrs={_INTERRUPTED: times})
 
     def _make_sampler(self, attempt: int, *, uniform: bool) -> BaseSampler:
         """A sampler whose seed depends on what is finished only, so that a resumed run agrees."""

@@ -31,7 +31,8 @@ def _choices(
 ) -> tuple[Decision, ...]:
     """Widths for which the device has a kernel for the layer's operator."""
     operators = ("Conv",) if layer.kind == "conv" else ("Gemm", "MatMul")
-    widths = {bits for operator in operators for bits in device.kernels.get(operator, ())}
+    listed = [set(device.kernels[name]) for name in operators if name in device.kernels]
+    widths = set.intersection(*listed) if listed else set[int]()
     return tuple(
         d for d in offered
         if isinstance(d, Precision) and {d.weight_bits, d.activation_bits} <= widths

@@ -36,6 +36,7 @@ def check_workload(workload: Workload) -> tuple[str, ...]:
     _check_mode(workload.network)
     for name, split in workload.splits().items():
         _check_split(name, split, workload.example_inputs)
+    _check_place(workload)
     warnings = _check_overlap(workload.splits())
     samples = workload.search_split.subset(_CHECKED_SAMPLES)
     outputs = _check_network(workload.network, samples)
@@ -67,6 +68,22 @@ def _check_mode(network: object) -> None:
             allowed="a network whose modules are all in eval mode",
             advice="call network.eval() before you return the workload",
         )
+
+
+def _check_place(workload: Workload) -> None:
+    """Everything is taken as fp32 on the CPU: that is what is exported and compared."""
+    held = (*workload.network.parameters(), *workload.network.buffers())
+    inputs = [t for split in workload.splits().values() for t in split.inputs]
+    for what, tensors in (("network", held), ("inputs", inputs)):
+        away = {str(t.device) for t in tensors if t.device.type != "cpu"}
+        odd = {str(t.dtype) for t in tensors if t.is_floating_point() and t.dtype != torch.float32}
+        if away or odd:
+            raise WorkloadError(
+                f"The workload's {what} must be fp32 on the CPU.",
+                given=", ".join(sorted(away | odd)),
+                allowed="torch.float32, cpu",
+                advice="call .float() and .cpu() on it; the original is exported as fp32",
+            )
 
 
 def _check_split(name: str, split: Split, example_inputs: tuple[Tensor, ...]) -> None:

@@ -167,15 +167,6 @@ def test_only_the_first_samples_are_read(tmp_path: Path) -> None:
     assert one is not None and other is not None and torch.equal(one.moment, other.moment)
 
 
-def test_fill_solves_ahead_and_tells_progress(tmp_path: Path) -> None:
-    bank, ticks = new_bank(NAME, tmp_path), []
-    work = [(t, LAYER, DECISIONS[t.name]) for t in (LOW_RANK, PRECISION)]
-    bank.fill(work, lambda: ticks.append(1))
-    assert len(ticks) == 2
-    for technique in (LOW_RANK, PRECISION):
-        solve(new_bank(NAME, tmp_path), unsolvable(technique))
-
-
 def test_free_biases() -> None:
     bank = bank_of("depthwise")
     assert bank.has_free_bias("project")  # batch norm

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from autocompress.errors import MeasurementError
+from autocompress.errors import DeviceError
 from autocompress.measure import lock
 from autocompress.measure.lock import core_keys, hold
 
@@ -44,7 +44,7 @@ def holder(key: str) -> Iterator[subprocess.Popen[str]]:
 
 def test_a_held_lock_names_its_holder(key: str, holder: subprocess.Popen[str]) -> None:
     calls = []
-    with pytest.raises(MeasurementError) as caught, hold([key], 0.2, lambda: calls.append(1)):
+    with pytest.raises(DeviceError) as caught, hold([key], 0.2, lambda: calls.append(1)):
         pytest.fail("two processes hold one lock")
     assert str(holder.pid) in str(caught.value) and calls
 

@@ -176,7 +176,7 @@ def test_a_device_in_use_is_waited_for_and_then_refused(
     short_profile: DeviceProfile, models, split, tmp_path: Path
 ) -> None:
     keys = core_keys(short_profile.pinned_cores())
-    refused = pytest.raises(MeasurementError, match=rf"held by process {os.getpid()}\b")
+    refused = pytest.raises(DeviceError, match=rf"held by process {os.getpid()}\b")
     with Worker(short_profile, tmp_path, lock_wait_s=0.3) as hasty, hold(keys, 30), refused:
         hasty.predict(models.dense(8), split, 8)
     with Worker(short_profile, tmp_path) as patient:

@@ -28,7 +28,7 @@ def make_evaluation() -> Callable[..., Evaluation]:
             candidate=candidate,
             plan=tuple((plan or Plan()).to_rows()),
             split=split,
-            metric=_measured(metric, 0.01),
+            metric=_measured(metric, 0.01, "share"),
             latency=_measured(1.0 / speedup, unit="ms"),
             speedup=_measured(speedup, 0.01 * speedup),
             file_bytes=file_bytes,

@@ -35,7 +35,10 @@ def test_finalists_carry_both_figures_and_the_drop_in_points(tmp_path, make_eval
         make_evaluation("a", 0.92, 2.9, split="test"),
     ]
     row = (
-        build_front(tmp_path, OBJECTIVES, searched, judged).table().set_index("candidate").loc["a"]
+        build_front(tmp_path, OBJECTIVES, searched, judged, complete=True)
+        .table()
+        .set_index("candidate")
+        .loc["a"]
     )
     assert row["role"] == "finalist"
     assert (row["metric_search"], row["metric_test"]) == (0.94, 0.92)
@@ -54,7 +57,11 @@ def test_the_test_split_does_not_choose_the_front(tmp_path, make_evaluation):
         make_evaluation("a", 0.94, 3.0, split="test"),
         make_evaluation("b", 0.80, 2.0, split="test"),
     ]
-    table = build_front(tmp_path, OBJECTIVES, searched, judged).table().set_index("candidate")
+    table = (
+        build_front(tmp_path, OBJECTIVES, searched, judged, complete=True)
+        .table()
+        .set_index("candidate")
+    )
     assert table.loc["b", "on_front"]
 
 

@@ -24,6 +24,7 @@ def identity(**changes):
         "profile": profile,
         "device": fingerprint(profile),
         "network": "abc",
+        "data": "def",
     }
     return Identity(**(fields | changes))
 
@@ -42,6 +43,7 @@ def test_the_same_search_may_go_on_with_other_limits(tmp_path):
     [
         ({"seed": 1}, "seed"),
         ({"network": "xyz"}, "network"),
+        ({"data": "xyz"}, "data"),
         ({"space": load_search_space("prune_only")}, "search_space"),
         ({"device": fingerprint(load_profile("cpu")).model_copy(update={"threads": 7})}, "threads"),
     ],
@@ -62,6 +64,26 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
     with pytest.raises(RunFolderError, match="something else"), folder.claim(identity()):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_whose_first_call_was_killed_early_can_be_used(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / ".device.json.123.part").touch()
+    with RunFolder(tmp_path).claim(identity()):
+        assert not (tmp_path / ".device.json.123.part").exists()
+
+
+def test_somebody_elses_experiment_file_is_not_taken_for_a_run(tmp_path):
+    (tmp_path / "experiment.yaml").write_text("version: 1")
+    with pytest.raises(RunFolderError, match="not those of a search"):
+        RunFolder(tmp_path).claim(identity()).__enter__()
+
+
+def test_a_file_in_the_folders_place_is_refused(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(RunFolderError, match="cannot be used"):
+        RunFolder(tmp_path / "run").claim(identity()).__enter__()
 
 
 def test_two_searches_cannot_share_a_folder(tmp_path):

@@ -92,6 +92,7 @@ def test_a_plan_that_ends_the_process_each_time_is_given_up(tmp_path):
         assert open_study(tmp_path).propose().plan.hash == first
     study = open_study(tmp_path)
     assert "interrupted" in study.failures[first]
+    assert first in open_study(tmp_path).failures
     assert study.finished == 1
     assert study.propose().plan.hash != first
 
