@@ -22,6 +22,7 @@ STYLES: Final = {
 }  # fmt: skip
 NAMES: Final = {"original": "the original network", "stock_int8": "the stock tool's int8"}
 UNTRUSTED: Final = "*"
+_BESIDE: Final = "◌"
 _FOOTNOTE: Final = (
     f"{UNTRUSTED} untrusted: the time limit came before the interval was as narrow as the device"
     " profile asks."
@@ -40,7 +41,8 @@ class _Column:
 
 
 def _label(row: Row, share: bool) -> str:
-    return f"{SIGNS[row['role']]} {row['candidate'] or row['role']}"
+    beside = row["role"] == "finalist" and not row["on_front"]
+    return f"{_BESIDE if beside else SIGNS[row['role']]} {row['candidate'] or row['role']}"
 
 
 def _speedup(row: Row, share: bool) -> str:
@@ -74,7 +76,7 @@ _EXPENDABLE: Final = (_MEMORY, _SEARCHED, _FILE, _ON_FRONT)
 def front_table(
     frame: pd.DataFrame, *, device: str = "", everything: bool = False, width: int = 100
 ) -> Table:
-    """The front by rising latency, with both reference rows.
+    """The front and all judged points by rising latency, with both reference rows.
 
     Args:
         frame: the columns of `front.csv`.
@@ -86,7 +88,8 @@ def front_table(
     front = typed_front(frame)
     on_front = int((front["on_front"] & ~front["role"].isin(REFERENCES)).sum())
     trials = int((~front["role"].isin(REFERENCES)).sum())
-    shown = front if everything else front[front["on_front"] | front["role"].isin(REFERENCES)]
+    told = front["on_front"] | front["role"].isin((*REFERENCES, "finalist"))
+    shown = front if everything else front[told]
     columns = [_CANDIDATE, _SEARCHED, _TESTED, _DROP, _LATENCY, _SPEEDUP, _FILE, _MEMORY]
     if everything:
         columns.append(_ON_FRONT)
@@ -95,6 +98,8 @@ def front_table(
     table.title = Text(title, style="bold")
     signs = [f"{SIGNS[role]} {text}" for role, text in NAMES.items()]
     notes = ["   ".join([*signs, f"{SIGNS['finalist']} finalist, judged on the test split"])]
+    if (shown["role"].eq("finalist") & ~shown["on_front"]).any():
+        notes.append(f"{_BESIDE} judged as well: off the front by the figures of the search")
     if not shown["trusted"].all():
         notes.append(_FOOTNOTE)
     table.caption = Text("\n".join(notes), style="dim")

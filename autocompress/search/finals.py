@@ -22,6 +22,7 @@ def choose_finalists(
     original: Evaluation,
     objectives: Sequence[Objective],
     count: int,
+    rival: Evaluation | None = None,
 ) -> list[Evaluation]:
     """The members of the front that cover its useful part best, the most important first.
 
@@ -29,15 +30,40 @@ def choose_finalists(
     1 - 1/e of the best subset), with the reference point 5 % below the original's metric and a
     little worse in the rest. Places that are left go to the members with the best metric, down to
     20 % below the original's. If every member has lost more, the best one is judged alone.
+
+    Up to a quarter of the places goes to points off the front that beat the rival in every
+    objective, the best metric first: the front keeps the luckiest of nearly equal points, and on
+    new data another of them may be the one that really beats the rival.
+
+    Args:
+        original: the original network on the search split.
+        rival: the stock tool's point on the search split, if there is one.
     """
     mask = front_mask(evaluations, objectives)
     members = [e for e, on in zip(evaluations, mask, strict=True) if on]
     members.sort(key=lambda e: -e.metric.value)
     level = original.metric.value
     alive = [e for e in members if e.metric.value >= level - _LARGEST_LOSS * abs(level)]
-    chosen = _greedy_cover(alive, original, objectives, count)
+    off = [e for e, on in zip(evaluations, mask, strict=True) if not on]
+    contenders = _better_than(rival, off, objectives)[: count // 4] if rival else []
+    places = count - len(contenders)
+    chosen = _greedy_cover(alive, original, objectives, places)
     rest = [e for e in alive if e not in chosen]
-    return [*chosen, *rest][:count] or members[:1]
+    return [*[*chosen, *rest][:places], *contenders] or members[:1]
+
+
+def _better_than(
+    rival: Evaluation, evaluations: Sequence[Evaluation], objectives: Sequence[Objective]
+) -> list[Evaluation]:
+    """Those that are no worse in any objective and better in one, by metric."""
+    sign = np.array([1.0 if MAXIMISE[name] else -1.0 for name in objectives])
+    level = sign * np.array(objective_values(rival, objectives))
+
+    def beats(evaluation: Evaluation) -> bool:
+        gain = sign * np.array(objective_values(evaluation, objectives)) - level
+        return bool((gain >= 0).all() and (gain > 0).any())
+
+    return sorted(filter(beats, evaluations), key=lambda e: -e.metric.value)
 
 
 def _greedy_cover(

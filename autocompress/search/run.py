@@ -223,6 +223,7 @@ class _Search:
             self._references[0],
             self._objectives,
             self._prepared.experiment.search.finalists,
+            next((e for e in self._references if e.candidate == STOCK_INT8), None),
         )
 
     def _note_time(self) -> None:

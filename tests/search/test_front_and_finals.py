@@ -97,6 +97,21 @@ def test_when_all_are_ruined_one_finalist_is_still_judged(make_evaluation):
     assert len(choose_finalists(points, original, OBJECTIVES, 10)) == 1
 
 
+def test_points_off_the_front_that_beat_the_rival_are_judged_too(make_evaluation):
+    original = make_evaluation("original", 0.90, 1.0)
+    rival = make_evaluation("stock_int8", 0.89, 2.0)
+    points = [
+        make_evaluation("lucky", 0.895, 3.0),
+        make_evaluation("close", 0.894, 2.5),
+        make_evaluation("slower than the rival", 0.893, 1.9),
+        make_evaluation("worse than the rival", 0.88, 2.9),
+    ]
+    names = [e.candidate for e in choose_finalists(points, original, OBJECTIVES, 8, rival)]
+    assert names == ["lucky", "close"]
+    alone = [e.candidate for e in choose_finalists(points, original, OBJECTIVES, 8)]
+    assert alone == ["lucky"]
+
+
 def test_the_count_is_kept_and_the_widest_cover_comes_first(make_evaluation):
     original = make_evaluation("original", 0.90, 1.0)
     points = [make_evaluation(f"p{i}", 0.90 - i * 0.004, 1.5 + i) for i in range(8)]
