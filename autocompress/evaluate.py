@@ -255,7 +255,7 @@ class Evaluator:
     def _metric(self, model: Path, split: SplitName) -> Measurement:
         data = self._split(split)
         if split not in self._splits:
-            self._splits[split] = self._scoring.store([x.numpy() for x in data.inputs])
+            self._splits[split] = self._scoring.store(data.numpy_inputs())
         outputs = self._scoring.predict(model, self._splits[split], _SCORING_BATCH)
         metric = self._workload.metric
         value = score(metric, outputs, data.targets, self._reference_outputs(split))

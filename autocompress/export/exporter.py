@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import onnx
@@ -17,6 +17,7 @@ from autocompress.export.fold import fold_batch_norms
 from autocompress.export.observe import run_float
 from autocompress.export.skeleton import Graph, Skeleton, export_afresh
 from autocompress.graph import NetworkGraph
+from autocompress.graph.layers import flatten_outputs
 
 # Float logits may differ by this share of their largest magnitude: kernels sum in another order.
 PARITY_TOLERANCE = 1e-3
@@ -112,14 +113,6 @@ class Exporter:
                 allowed=f"at most {PARITY_TOLERANCE:g}",
             )
         return worst
-
-
-def flatten_outputs(outputs: Any) -> list[Tensor]:
-    """A network's outputs as a flat list of tensors."""
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    values = outputs.values() if isinstance(outputs, dict) else outputs
-    return [tensor for value in values for tensor in flatten_outputs(value)]
 
 
 def _weight_scales(folded: nn.Module, graph: Graph) -> dict[str, NDArray[np.float32]]:

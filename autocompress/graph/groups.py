@@ -13,7 +13,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from autocompress.errors import GraphError
-from autocompress.graph.layers import LAYER_TYPES, NORM_TYPES
+from autocompress.graph.layers import LAYER_TYPES, NORM_TYPES, flatten_outputs
 
 Side = Literal["out", "in"]
 _SLICEABLE = (*LAYER_TYPES, *NORM_TYPES, nn.PReLU, nn.LayerNorm)
@@ -189,10 +189,7 @@ def _mapping_fault(graph: Any, items: Any, members: Sequence[Member], names: dic
 
 
 def _output_shapes(outputs: Any) -> tuple[tuple[int, ...], ...]:
-    if isinstance(outputs, Tensor):
-        return (tuple(outputs.shape),)
-    values = outputs.values() if isinstance(outputs, dict) else outputs
-    return tuple(shape for value in values for shape in _output_shapes(value))
+    return tuple(tuple(tensor.shape) for tensor in flatten_outputs(outputs))
 
 
 def _try_out(

@@ -57,6 +57,14 @@ class Layer:
         return 4 * self.weights
 
 
+def flatten_outputs(outputs: Any) -> list[Tensor]:
+    """A network's outputs as a flat list of tensors."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    values = outputs.values() if isinstance(outputs, dict) else outputs
+    return [tensor for value in values for tensor in flatten_outputs(value)]
+
+
 def observe_layers(network: nn.Module, example_inputs: Sequence[Tensor]) -> tuple[Layer, ...]:
     """Run the network once and describe every layer that was called, in order of first call.
 

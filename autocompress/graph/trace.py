@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from autocompress.errors import GraphError
 from autocompress.graph.groups import ChannelGroup, find_groups
-from autocompress.graph.layers import LAYER_TYPES, NORM_TYPES, Layer, observe_layers
+from autocompress.graph.layers import (
+    LAYER_TYPES,
+    NORM_TYPES,
+    Layer,
+    flatten_outputs,
+    observe_layers,
+)
 
 
 @final
@@ -155,12 +161,5 @@ def _only_reader(
             handle.remove()
     return all(
         torch.allclose(a, b, rtol=1e-3, atol=1e-4)
-        for a, b in zip(_tensors(reference), _tensors(shifted), strict=True)
+        for a, b in zip(flatten_outputs(reference), flatten_outputs(shifted), strict=True)
     )
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    values = outputs.values() if isinstance(outputs, dict) else outputs
-    return [tensor for value in values for tensor in _tensors(value)]
