@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from autocompress import search as search
+    from autocompress.export.coding import load_coded as load_coded
     from autocompress.search.front import Front as Front
     from autocompress.workload import Split as Split
     from autocompress.workload import Workload as Workload
@@ -23,9 +24,10 @@ _LAZY = {
     "Front": "autocompress.search.front",
     "Split": "autocompress.workload",
     "Workload": "autocompress.workload",
+    "load_coded": "autocompress.export.coding",
 }
 
-__all__ = ["Front", "Split", "Workload", "search"]
+__all__ = ["Front", "Split", "Workload", "load_coded", "search"]
 
 
 def __getattr__(name: str) -> object:

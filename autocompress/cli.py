@@ -153,6 +153,55 @@ def profile(
         _console().print(device_table(wanted, fingerprint(wanted), report))
 
 
+@app.command()
+def encode(
+    model: Annotated[Path, typer.Argument(help="An ONNX file.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The container; by default beside the file, as .acz.")
+    ] = None,
+) -> None:
+    """Code an ONNX file for download: smaller, and bit for bit the same file once decoded.
+
+    Example: autocompress encode picked/model.onnx --out picked/model.acz
+    """
+    from autocompress.export.coding import CODED_SUFFIX, encode_file
+    from autocompress.report.coded import coded_table
+    from autocompress.report.figures import byte_size
+
+    target = out or model.with_suffix(CODED_SUFFIX)
+    sizes = encode_file(model, target)
+    console = _console()
+    console.print(coded_table(sizes))
+    console.print(
+        f"file {byte_size(sizes.file_bytes)}, download {byte_size(sizes.coded_bytes)}: "
+        f"{sizes.ratio:.2f} times smaller\ncontainer: {target}",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+    if sizes.external_tensors:
+        console.print(
+            f"warning: {sizes.external_tensors} tensors lie in other files and are not in it"
+        )
+
+
+@app.command()
+def decode(
+    container: Annotated[Path, typer.Argument(help="A coded container (.acz).")],
+    out: Annotated[
+        Path | None, typer.Option(help="The ONNX file; by default beside the container.")
+    ] = None,
+) -> None:
+    """Give the ONNX file back that a container was made from, bit for bit.
+
+    Example: autocompress decode picked/model.acz --out model.onnx
+    """
+    from autocompress.export.coding import decode_file
+    from autocompress.report.figures import byte_size
+
+    target = out or container.with_suffix(".onnx")
+    size = decode_file(container, target)
+    _console().print(f"model: {target} ({byte_size(size)})", soft_wrap=True, highlight=False)
+
+
 def _console() -> Console:
     console = Console()
     # A log file has no width of its own; a narrower terminal keeps its own.

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
 
-import onnx
-
-from autocompress.bank import Bank, stitch
-from autocompress.config import CalibrationSettings
+from autocompress.build import Artifact, Builder, Stopwatch
 from autocompress.device import DeviceProfile, all_cores
-from autocompress.export import Exporter, quantize, stock_int8
-from autocompress.files import write_json, write_whole
+from autocompress.files import write_json
 from autocompress.measure.client import Worker
 from autocompress.measure.measurement import Measurement
 from autocompress.measure.memory import peak_memory_bytes
 from autocompress.measure.statistics import PairedLatency
 from autocompress.plan import Plan
-from autocompress.recover import BatchNormRepair
 from autocompress.workload import Split, Workload, network_outputs, score, score_standard_error
 
 # The artifact that every speed-up is relative to.
@@ -32,8 +25,6 @@ SHARE = "share"
 SplitName = Literal["search", "test"]
 
 _SCORING_BATCH = 64
-_RANGE_SAMPLES = 64
-_STOCK_SAMPLES = 256
 _CONFIDENCE_SIGMAS = 1.96
 
 
@@ -50,9 +41,11 @@ class Evaluation:
         latency: milliseconds per run at the profile's batch size.
         speedup: baseline over candidate, measured in turn.
         file_bytes: size of the ONNX file.
+        download_bytes: size of the coded container; None where it was not made.
         peak_memory_bytes: peak resident bytes of a fresh process, net of the runtime itself.
         artifact: path of the ONNX file relative to the run folder.
-        details: parity, integer layers, whether the skeleton fitted, the load and clock.
+        details: parity, how each quantized layer runs, whether the skeleton fitted, the load and
+            clock.
         seconds: what each step took.
     """
 
@@ -63,6 +56,7 @@ class Evaluation:
     latency: Measurement
     speedup: Measurement
     file_bytes: int
+    download_bytes: int | None
     peak_memory_bytes: int
     artifact: str
     details: Mapping[str, Any] = field(default_factory=dict)
@@ -88,16 +82,6 @@ class Evaluation:
 
 
 @final
-@dataclass(frozen=True)
-class Artifact:
-    """A candidate's file, with what was noticed while it was made."""
-
-    path: Path
-    details: Mapping[str, Any]
-    seconds: Mapping[str, float]
-
-
-@final
 class Evaluator:
     """Builds and measures candidates of one workload on one device.
 
@@ -105,30 +89,26 @@ class Evaluator:
 
     Args:
         workload: checked; its network is in evaluation mode.
-        exporter: of the workload's network.
-        bank: calibrated.
+        builder: of the workload's candidates.
         profile: the device.
-        settings: how many calibration samples each step reads.
-        folder: the run folder; files go to `artifacts/`, `measurements/` and `scratch/`.
+        folder: the run folder; files go to `measurements/` and `scratch/`.
+        coded: make the coded container of every candidate, not of finalists only.
     """
 
     def __init__(
         self,
         workload: Workload,
-        exporter: Exporter,
-        bank: Bank,
+        builder: Builder,
         profile: DeviceProfile,
-        settings: CalibrationSettings,
         folder: Path,
+        *,
+        coded: bool,
     ) -> None:
         self._workload = workload
-        self._exporter = exporter
-        self._bank = bank
+        self._builder = builder
         self._profile = profile
         self._folder = folder
-        self._calibration = workload.calibration.inputs
-        self._repair = BatchNormRepair(bank.network, self._calibration, settings.repair_samples)
-        (folder / "artifacts").mkdir(parents=True, exist_ok=True)
+        self._coded = coded
         (folder / "measurements").mkdir(exist_ok=True)
         scratch = folder / "scratch"
         self._timing = Worker(profile, scratch)
@@ -155,7 +135,7 @@ class Evaluator:
 
     def build_original(self) -> Artifact:
         """The original network's file: the baseline of every speed-up."""
-        return self._build(BASELINE, Plan())
+        return self._builder.build(BASELINE, Plan())
 
     def build_stock(self, name: str) -> Artifact:
         """The stock tool's int8 file of the original network, under the given name.
@@ -163,23 +143,16 @@ class Evaluator:
         Raises:
             ExportError: the stock tool fails on this network.
         """
-        target = self._artifact_path(name)
-        clock = Stopwatch()
-        with clock.step("build"):
-            inputs = [x[:_STOCK_SAMPLES].numpy() for x in self._calibration]
-            original = self._artifact_path(BASELINE)
-            names = [i.name for i in onnx.load(original, load_external_data=False).graph.input]
-            stock_int8(original, target, names, inputs)
-        return Artifact(target, {}, clock.seconds)
+        return self._builder.build_stock(name, self._builder.path(BASELINE))
 
     def build(self, plan: Plan) -> Artifact:
-        """Stitch, repair, export and quantize a candidate.
+        """Make a candidate's file: stitch, repair, train, quantize and export it.
 
         Raises:
             PlanError: the plan does not fit the network.
             ExportError: the file is invalid or does not compute what the network computes.
         """
-        return self._build(plan.hash, plan)
+        return self._builder.build(plan.hash, plan)
 
     def measure(
         self, candidate: str, plan: Plan, artifact: Artifact, split: SplitName, *, final: bool
@@ -187,7 +160,7 @@ class Evaluator:
         """Take every figure of a file.
 
         Args:
-            final: use the profile's tighter limits for the latency.
+            final: use the profile's tighter limits for the latency, and make the coded container.
 
         Raises:
             MeasurementError: the file crashes or hangs the runtime.
@@ -198,10 +171,14 @@ class Evaluator:
             metric = self._metric(artifact.path, split)
         with clock.step("latency"):
             paired = self._timing.compare(
-                self._artifact_path(BASELINE), artifact.path, self._example, final=final, seed=0
+                self._builder.path(BASELINE), artifact.path, self._example, final=final, seed=0
             )
         with clock.step("memory"):
             memory = peak_memory_bytes(artifact.path, self._example, self._profile)
+        download_bytes = None
+        if final or self._coded:
+            with clock.step("code"):
+                download_bytes = self._builder.code(artifact.path)
         self._keep_samples(candidate, split, paired)
         details = {
             **artifact.details,
@@ -218,6 +195,7 @@ class Evaluator:
             latency=paired.latency(),
             speedup=paired.ratio(),
             file_bytes=artifact.path.stat().st_size,
+            download_bytes=download_bytes,
             peak_memory_bytes=memory,
             artifact=str(artifact.path.relative_to(self._folder)),
             details=details,
@@ -228,29 +206,6 @@ class Evaluator:
         """Build a candidate and take its figures on the search split."""
         artifact = self.build(plan)
         return self.measure(plan.hash, plan, artifact, "search", final=False)
-
-    def _build(self, name: str, plan: Plan) -> Artifact:
-        clock = Stopwatch()
-        with clock.step("stitch"):
-            stitched = stitch(self._bank, plan)
-        if plan.steps:
-            with clock.step("repair"):
-                self._repair(stitched.network, stitched.kept_channels)
-        with clock.step("export"):
-            floating = self._exporter.export(stitched.network)
-        with clock.step("quantize"):
-            inputs = [x[:_RANGE_SAMPLES].numpy() for x in self._calibration]
-            quantized = quantize(floating, inputs)
-        path = self._artifact_path(name)
-        with clock.step("write"):
-            write_whole(path, quantized.model.SerializeToString())
-        details = {
-            "parity": floating.parity,
-            "integer_layers": quantized.integer_layers,
-            "exported_afresh": floating.fresh,
-            "parameters": sum(p.numel() for p in stitched.network.parameters()),
-        }
-        return Artifact(path, details, clock.seconds)
 
     def _metric(self, model: Path, split: SplitName) -> Measurement:
         data = self._split(split)
@@ -270,7 +225,7 @@ class Evaluator:
             return None
         if split not in self._original_outputs:
             inputs = self._split(split).inputs
-            self._original_outputs[split] = network_outputs(self._bank.network, inputs)
+            self._original_outputs[split] = network_outputs(self._workload.network, inputs)
         return self._original_outputs[split]
 
     def _split(self, split: SplitName) -> Split:
@@ -283,24 +238,5 @@ class Evaluator:
         times = -(-size // len(inputs[0]))
         return [x.repeat(times, *(1 for _ in x.shape[1:]))[:size] for x in inputs]
 
-    def _artifact_path(self, name: str) -> Path:
-        return self._folder / "artifacts" / f"{name}.onnx"
-
     def _keep_samples(self, candidate: str, split: SplitName, paired: PairedLatency) -> None:
         write_json(self._folder / "measurements" / f"{candidate}-{split}.json", paired.to_dict())
-
-
-@final
-class Stopwatch:
-    """Seconds by step name."""
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Time the body of a `with` statement."""
-        start = self._clock()
-        yield
-        self.seconds[name] = round(self._clock() - start, 4)

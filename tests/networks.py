@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autocompress.bank import Bank
+from autocompress.bank import Bank, stitch
+from autocompress.bank.stitch import Stitched, apply_stage
 from autocompress.config import CalibrationSettings
 from autocompress.device import DeviceProfile, MeasuringSettings, RuntimeSettings
 from autocompress.export import Exporter
 from autocompress.graph import NetworkGraph, trace
+from autocompress.plan import Plan
+from autocompress.techniques.technique import Stage
 
 SAMPLES = 96
 
@@ -166,6 +169,62 @@ class Reshaped(nn.Module):
         return self.head(self.after(x.reshape(x.shape[0], x.shape[1], -1)).mean(2))
 
 
+class SelfAttention(nn.Module):
+    """Separate queries, keys and values, all as wide as the tokens."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.all_head_size = width
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.project = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (x.shape[0], x.shape[1], self.num_heads, -1)
+        q, k, v = (m(x).reshape(shape).transpose(1, 2) for m in (self.query, self.key, self.value))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.project(mixed.reshape(x.shape[0], x.shape[1], self.all_head_size))
+
+
+class FusedAttention(nn.Module):
+    """One layer for queries, keys and values; heads together are wider than the tokens."""
+
+    def __init__(self, width: int, heads: int, head_size: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.scale = head_size**-0.5
+        self.qkv = nn.Linear(width, 3 * heads * head_size, bias=False)
+        self.out = nn.Linear(heads * head_size, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self.qkv(x).reshape(x.shape[0], x.shape[1], 3, self.heads, -1)
+        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+class Transformer(nn.Module):
+    """A pre-norm block around an attention module."""
+
+    def __init__(self, width: int, attention: nn.Module) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = attention
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 20)
+        self.down = nn.Linear(20, width)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.attention(self.norm1(x))
+        x = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return self.head(x.mean(1))
+
+
 _KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
     "residual": (Residual, ((2, 8, 8),)),
     "concat": (Concat, ((2, 6, 6),)),
@@ -176,6 +235,8 @@ _KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] =
     "two_outputs": (TwoOutputs, ((2, 6, 6),)),
     "two_inputs": (TwoInputs, ((2, 6, 6), (3,))),
     "reshaped": (Reshaped, ((2, 6, 6),)),
+    "attention": (lambda: Transformer(12, SelfAttention(12, 4)), ((7, 6),)),
+    "fused_attention": (lambda: Transformer(10, FusedAttention(10, 4, 3)), ((7, 6),)),
 }
 NAMES = tuple(_KINDS)
 
@@ -257,6 +318,13 @@ def new_bank(name: str, folder: Path, multiple: int = 1) -> Bank:
 def bank_of(name: str) -> Bank:
     """One calibrated bank per case and session, for channel counts of any number."""
     return new_bank(name, Path(_FOLDER.name) / name)
+
+
+def assemble(bank: Bank, plan: Plan) -> Stitched:
+    """A candidate with everything that needs no training, quantization included."""
+    stitched = stitch(bank, plan)
+    apply_stage(bank, stitched, plan, Stage.QUANTIZE)
+    return stitched
 
 
 @cache

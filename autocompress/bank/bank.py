@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import cast, final
 
 from torch import Tensor, nn
 
+from autocompress.bank.gradients import collect_gradients
 from autocompress.bank.statistics import collect_statistics
 from autocompress.bank.store import VariantStore, make_key, network_hash, tensors_hash
 from autocompress.config import CalibrationSettings
-from autocompress.graph import ChannelGroup, NetworkGraph
-from autocompress.graph.groups import dense_consumers
+from autocompress.graph import ChannelGroup, Member, NetworkGraph
+from autocompress.graph.groups import dense_consumers, dense_producers
 from autocompress.plan import Decision
 from autocompress.techniques.reconstruction import refit
 from autocompress.techniques.technique import (
     GroupProblem,
     GroupTechnique,
+    LayerGradients,
     LayerProblem,
     LayerStatistics,
     LayerTechnique,
@@ -26,8 +29,12 @@ from autocompress.techniques.technique import (
 )
 
 _STATISTICS = "statistics"
+_STATISTICS_FIELDS = tuple(field.name for field in fields(LayerStatistics))
+_GRADIENTS = "gradients"
+# Gradients cost a backward pass, and importance needs no more samples.
+_GRADIENT_SAMPLES = 512
 # Counted up whenever a solver changes, so that no run goes on with what an older one solved.
-_SOLVERS = 1
+_SOLVERS = 2
 
 
 @final
@@ -50,6 +57,8 @@ class Bank:
         self._store = VariantStore(folder)
         self._identity = ""
         self._statistics: dict[str, LayerStatistics] = {}
+        self._gradients: dict[str, LayerGradients] | None = None
+        self._inputs: tuple[Tensor, ...] = ()
 
     def calibrate(
         self,
@@ -62,25 +71,46 @@ class Bank:
         self._identity = make_key(
             _SOLVERS, network_hash(self.network), tensors_hash(inputs), settings.rows_per_layer
         )
-        key = self._key(_STATISTICS)
-        stored = self._store.get(key)
-        if stored is None:
+        self._inputs = tuple(x[:_GRADIENT_SAMPLES] for x in inputs)
+
+        def solve() -> Variant:
             found = collect_statistics(
                 self.network, self.graph.layers, inputs, settings.rows_per_layer, advance
             )
-            stored = {f"{name}|moment": s.moment for name, s in found.items()}
-            stored |= {f"{name}|mean": s.mean for name, s in found.items()}
-            self._store.put(key, stored, lasting=True)
-        names = {key.rpartition("|")[0] for key in stored}
+            return {
+                f"{name}|{field}": getattr(statistics, field)
+                for name, statistics in found.items()
+                for field in _STATISTICS_FIELDS
+            }
+
+        stored = self._cached(self._key(_STATISTICS), solve, lasting=True)
         self._statistics = {
-            n: LayerStatistics(stored[f"{n}|moment"], stored[f"{n}|mean"]) for n in names
+            name: LayerStatistics(*(stored[f"{name}|{field}"] for field in _STATISTICS_FIELDS))
+            for name in {key.rpartition("|")[0] for key in stored}
         }
 
     def statistics(self, layer: str) -> LayerStatistics | None:
         """Input moments of a layer; None for grouped convolutions."""
         return self._statistics.get(layer)
 
-    def problem(self, layer: str) -> LayerProblem:
+    def gradients(self, layer: str) -> LayerGradients | None:
+        """Squared gradients of a layer, taken on first use; None for grouped convolutions."""
+        if self._gradients is None:
+
+            def solve() -> Variant:
+                found = collect_gradients(self.network, self.graph.layers, self._inputs)
+                return {f"{n}|fisher": g.fisher for n, g in found.items()} | {
+                    f"{n}|taylor": g.taylor for n, g in found.items()
+                }
+
+            stored = self._cached(self._key(_GRADIENTS), solve, lasting=True)
+            self._gradients = {
+                name: LayerGradients(stored[f"{name}|fisher"], stored[f"{name}|taylor"])
+                for name in {key.rpartition("|")[0] for key in stored}
+            }
+        return self._gradients.get(layer)
+
+    def problem(self, layer: str, *, gradients: bool = False) -> LayerProblem:
         """The problem of an unchanged layer."""
         module = self.network.get_submodule(layer)
         weight = cast(Tensor, module.weight).detach()
@@ -92,6 +122,7 @@ class Bank:
             statistics=self.statistics(layer),
             free_bias=self.has_free_bias(layer),
             multiple=self.multiple,
+            gradients=self.gradients(layer) if gradients else None,
         )
 
     def has_free_bias(self, layer: str) -> bool:
@@ -99,17 +130,24 @@ class Bank:
         module = self.network.get_submodule(layer)
         return module.bias is not None or layer in self.graph.norms
 
-    def order(self, group: ChannelGroup, technique: GroupTechnique) -> Tensor:
+    def order(self, group: ChannelGroup, technique: GroupTechnique, decision: Decision) -> Tensor:
         """The group's channels in the order of removal, shape (size,), int64."""
+        gradients = technique.uses_gradients(decision)
+
+        def problems(members: tuple[Member, ...]) -> tuple[tuple[LayerProblem, Member], ...]:
+            return tuple((self.problem(m.module, gradients=gradients), m) for m in members)
 
         def solve() -> Variant:
-            consumers = tuple(
-                (self.problem(member.module), member)
-                for member in dense_consumers(self.network, group)
+            problem = GroupProblem(
+                group,
+                problems(dense_producers(self.network, group)),
+                problems(dense_consumers(self.network, group)),
             )
-            return {"order": technique.order(GroupProblem(group, consumers))}
+            return {"order": technique.order(problem, decision)}
 
-        return self._cached(self._key(technique.name, group.name), solve, lasting=True)["order"]
+        values = decision.model_dump(mode="json", exclude=set(technique.levels))
+        key = self._key(technique.name, group.name, values)
+        return self._cached(key, solve, lasting=True)["order"]
 
     def refit(self, layer: str, keep: tuple[int, ...], *, lasting: bool) -> Variant:
         """`weight` (out, kept columns) and `shift` (out,) of a layer that lost input columns."""
@@ -126,11 +164,12 @@ class Bank:
         """A technique's solved tensors.
 
         Args:
-            context: what an earlier stage did to the layer; empty for the original layer, whose
+            context: what earlier stages made of the layer; empty for the original layer, whose
                 variants are kept on disk.
         """
-        fields = decision.model_dump(mode="json", exclude=set(technique.levels))
-        key = self._key(technique.name, problem.layer.name, fields, context)
+        ignored = technique.levels if technique.shares_solve(decision) else ()
+        values = decision.model_dump(mode="json", exclude=set(ignored))
+        key = self._key(technique.name, problem.layer.name, values, context)
         return self._cached(key, lambda: technique.solve(problem, decision), lasting=not context)
 
     def copy_network(self) -> nn.Module:

@@ -108,10 +108,14 @@ class _Sums:
         self._guess = guess
         self._moment = torch.zeros(len(guess), len(guess), dtype=torch.float64)
         self._total = torch.zeros(len(guess), dtype=torch.float64)
+        self._magnitude = torch.zeros(len(guess), dtype=torch.float64)
+        self._zeros = torch.zeros(len(guess), dtype=torch.float64)
         self._rows = 0
 
     def add(self, x: Tensor) -> None:
         """Take in rows, shape (n, in)."""
+        self._magnitude += x.abs().sum(0, dtype=torch.float64)
+        self._zeros += (x == 0).sum(0)
         x = x - self._guess
         self._moment += (x.T @ x).double()
         self._total += x.sum(0, dtype=torch.float64)
@@ -122,4 +126,9 @@ class _Sums:
         rest = self._total / self._rows
         mean = self._guess.double() + rest
         centred = self._moment / self._rows - torch.outer(rest, rest)
-        return LayerStatistics(centred + torch.outer(mean, mean), mean)
+        return LayerStatistics(
+            centred + torch.outer(mean, mean),
+            mean,
+            self._magnitude / self._rows,
+            self._zeros / self._rows,
+        )

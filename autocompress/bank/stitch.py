@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast, final
 
 import torch
 from torch import Tensor, nn
 
 from autocompress.bank.bank import Bank
-from autocompress.bank.store import make_key
+from autocompress.bank.parts import part_layer, part_statistics
+from autocompress.bank.store import make_key, tensors_hash
 from autocompress.errors import PlanError
+from autocompress.graph import ChannelGroup
 from autocompress.graph.groups import (
     Removal,
     Side,
@@ -20,14 +22,17 @@ from autocompress.graph.groups import (
     remove_channels,
     removed_sides,
 )
-from autocompress.graph.layers import LAYER_TYPES, NORM_TYPES
+from autocompress.graph.layers import NORM_TYPES
+from autocompress.graph.norms import fold_batch_norm
 from autocompress.plan import Decision, Plan
 from autocompress.techniques import TECHNIQUES
+from autocompress.techniques.equalize import equalized
 from autocompress.techniques.technique import (
     GroupTechnique,
     LayerProblem,
     LayerTechnique,
     Stage,
+    unfolded,
 )
 
 
@@ -39,31 +44,81 @@ class Stitched:
     Attributes:
         kept_channels: for every batch norm that lost channels, the original numbers of those
             that it kept.
+        removed: indices that were removed, by module and side.
     """
 
     network: nn.Module
     kept_channels: Mapping[str, tuple[int, ...]]
+    removed: Mapping[tuple[str, Side], list[int]]
 
 
 def stitch(bank: Bank, plan: Plan) -> Stitched:
-    """Put the network together that a plan describes; the original is not changed.
+    """Put the network together that a plan describes, up to its training; no quantization yet.
+
+    The original is not changed.
 
     Raises:
-        PlanError: the plan names a layer or group that the network does not have.
+        PlanError: the plan names a layer or group that the network does not have, or decides two
+            things of the same stage for one.
     """
+    check_stages(bank, plan)
     network = bank.copy_network()
     removals: list[Removal] = []
+    refitted: list[ChannelGroup] = []
     for technique in TECHNIQUES:
         if isinstance(technique, GroupTechnique):
-            removals += _removals(bank, technique, plan.of(technique.name))
+            for target, decision in plan.of(technique.name).items():
+                removal = _removal(bank, technique, target, decision)
+                if removal is not None:
+                    removals.append(removal)
+                    if decision.model_dump()["refit"]:
+                        refitted.append(removal[0])
     sides = removed_sides(removals)
-    _prune(bank, network, removals)
-    for stage in (Stage.DECOMPOSE, Stage.QUANTIZE):
-        for technique in TECHNIQUES:
-            if isinstance(technique, LayerTechnique) and technique.stage is stage:
-                for target, decision in plan.of(technique.name).items():
-                    _apply(bank, network, technique, (target, decision), sides)
-    return Stitched(network.eval(), _kept_norm_channels(bank.network, sides))
+    remove_channels(network, removals)
+    _refit_readers(bank, network, refitted, sides)
+    stitched = Stitched(network.eval(), _kept_norm_channels(bank.network, sides), sides)
+    for stage in (Stage.DECOMPOSE, Stage.SPARSIFY):
+        apply_stage(bank, stitched, plan, stage)
+    return stitched
+
+
+def apply_stage(bank: Bank, stitched: Stitched, plan: Plan, stage: Stage) -> None:
+    """Do to a stitched network, in place, what a plan's layer techniques of one stage do.
+
+    The layers may have been trained since: what is solved depends on their present weights.
+    """
+    for technique in TECHNIQUES:
+        if isinstance(technique, LayerTechnique) and technique.stage is stage:
+            for target, decision in plan.of(technique.name).items():
+                _apply(bank, stitched, technique, (target, decision))
+    stitched.network.eval()
+
+
+def check_stages(bank: Bank, plan: Plan) -> None:
+    """Check that a plan decides for layers that there are, one thing per layer and stage.
+
+    Raises:
+        PlanError: it does not.
+    """
+    known = [layer.name for layer in bank.graph.layers]
+    decided: dict[tuple[str, Stage], str] = {}
+    for technique in TECHNIQUES:
+        if not isinstance(technique, LayerTechnique):
+            continue
+        for target in plan.of(technique.name):
+            if target not in known:
+                raise PlanError(
+                    f"The network has no layer '{target}'.",
+                    given=f"{technique.name} of {target}",
+                    allowed=", ".join(known),
+                )
+            other = decided.setdefault((target, technique.stage), technique.name)
+            if other != technique.name:
+                raise PlanError(
+                    "A plan decides two things of the same stage for one layer.",
+                    given=f"{other} and {technique.name} of {target}",
+                    allowed="one of them",
+                )
 
 
 def _kept_norm_channels(
@@ -77,31 +132,32 @@ def _kept_norm_channels(
     return kept
 
 
-def _removals(
-    bank: Bank, technique: GroupTechnique, decisions: Mapping[str, Decision]
-) -> list[Removal]:
+def _removal(
+    bank: Bank, technique: GroupTechnique, target: str, decision: Decision
+) -> Removal | None:
     groups = {group.name: group for group in bank.graph.groups}
-    removals: list[Removal] = []
-    for target, decision in decisions.items():
-        group = groups.get(target)
-        if group is None or not group.prunable:
-            raise PlanError(
-                f"Channel group '{target}' cannot be pruned.",
-                given=group.reason if group else "no such group",
-                allowed=", ".join(g.name for g in groups.values() if g.prunable),
-            )
-        ratio = cast(float, decision.model_dump()["pruning_ratio"])
-        gone = group.size - kept_size(group.size, ratio, bank.multiple)
-        if gone:
-            removals.append((group, sorted(bank.order(group, technique)[:gone].tolist())))
-    return removals
+    group = groups.get(target)
+    if group is None or not group.prunable:
+        raise PlanError(
+            f"Channel group '{target}' cannot be pruned.",
+            given=group.reason if group else "no such group",
+            allowed=", ".join(g.name for g in groups.values() if g.prunable),
+        )
+    ratio = cast(float, decision.model_dump()["pruning_ratio"])
+    gone = group.size - kept_size(group.size, ratio, group.step(bank.multiple))
+    if not gone:
+        return None
+    return group, sorted(bank.order(group, technique, decision)[:gone].tolist())
 
 
-def _prune(bank: Bank, network: nn.Module, removals: Sequence[Removal]) -> None:
-    """Remove channels; the layers that read them get their refitted weights."""
-    sides = removed_sides(removals)
-    remove_channels(network, removals)
-    readers = [m.module for group, _ in removals for m in dense_consumers(bank.network, group)]
+def _refit_readers(
+    bank: Bank,
+    network: nn.Module,
+    refitted: Sequence[ChannelGroup],
+    sides: Mapping[tuple[str, Side], list[int]],
+) -> None:
+    """Give the layers that read refitted groups the weights that make up best for the loss."""
+    readers = [m.module for group in refitted for m in dense_consumers(bank.network, group)]
     for name in dict.fromkeys(readers):
         module = network.get_submodule(name)
         layer = bank.graph.layer(name)
@@ -132,66 +188,68 @@ def _complement(size: int, removed: Sequence[int]) -> list[int]:
 
 
 def _apply(
-    bank: Bank,
-    network: nn.Module,
-    technique: LayerTechnique,
-    step: tuple[str, Decision],
-    sides: Mapping[tuple[str, Side], list[int]],
+    bank: Bank, stitched: Stitched, technique: LayerTechnique, step: tuple[str, Decision]
 ) -> None:
     target, decision = step
-    if target not in {layer.name for layer in bank.graph.layers}:
-        raise PlanError(
-            f"The network has no layer '{target}'.",
-            given=f"{technique.name} of {target}",
-            allowed=", ".join(layer.name for layer in bank.graph.layers),
-        )
+    network = stitched.network
+    if technique.folds_norm(decision):
+        fold_batch_norm(network, bank.graph.norms, target)
     module = network.get_submodule(target)
-    cut = [sides.get((target, "in"), []), sides.get((target, "out"), [])]
-    if isinstance(module, LAYER_TYPES):
-        context = make_key(cut) if any(cut) else ""
-        problem = _current_problem(bank, target, module, sides)
+    parts = list(module) if isinstance(module, nn.Sequential) else [module]
+    for index in range(len(parts)):
+        problem = _current_problem(bank, stitched, (target, parts, index), technique, decision)
+        unchanged = module is parts[0] and torch.equal(
+            problem.weight, unfolded(bank.network.get_submodule(target))
+        )
+        context = "" if unchanged else _context(problem, stitched, target, index)
         variant = bank.solve(technique, decision, problem, context)
-        network.set_submodule(target, technique.install(module, variant, decision, bank.multiple))
-        return
-    for index, part in enumerate(cast(nn.Sequential, module)):
-        weight = cast(Tensor, part.weight).detach()
-        shape = tuple(weight.shape)
-        problem = replace(
-            _current_problem(bank, target, part, sides),
-            statistics=None,
-            layer=replace(
-                bank.graph.layer(target), in_channels=shape[1], out_channels=shape[0],
-                kernel_size=shape[2:],
-            ),
-        )  # fmt: skip
-        variant = bank.solve(technique, decision, problem, make_key(cut, index, shape))
-        installed = technique.install(part, variant, decision, bank.multiple)
-        network.set_submodule(f"{target}.{index}", installed)
+        installed = technique.install(parts[index], variant, decision, bank.multiple)
+        network.set_submodule(target if module is parts[0] else f"{target}.{index}", installed)
+
+
+def _context(problem: LayerProblem, stitched: Stitched, target: str, index: int) -> str:
+    """What a solution depends on beside the original network and the decision."""
+    return make_key(
+        index,
+        tuple(problem.weight.shape),
+        tensors_hash((problem.weight,)),
+        stitched.removed.get((target, "in"), []),
+    )
 
 
 def _current_problem(
-    bank: Bank, name: str, module: nn.Module, sides: Mapping[tuple[str, Side], list[int]]
+    bank: Bank,
+    stitched: Stitched,
+    place: tuple[str, list[nn.Module], int],
+    technique: LayerTechnique,
+    decision: Decision,
 ) -> LayerProblem:
-    """The problem of a layer as it stands after pruning."""
-    original = bank.graph.layer(name)
-    weight = cast(Tensor, module.weight).detach()
-    bias = cast("Tensor | None", module.bias)
+    """The problem of a layer, or of a part of a decomposed one, as it stands now."""
+    name, parts, index = place
+    part = parts[index]
+    gradients = bank.gradients(name) if technique.uses_gradients(decision) else None
     statistics = bank.statistics(name)
-    if statistics is not None and sides.get((name, "in")):
-        statistics = statistics.select(kept_columns(bank, name, sides))
-    out_channels, in_channels = weight.shape[0], weight.shape[1] * original.groups
-    if original.groups > 1:
-        in_channels = out_channels
+    rows = _complement(bank.graph.layer(name).out_channels, stitched.removed.get((name, "out"), []))
+    if stitched.removed.get((name, "in")):
+        columns = kept_columns(bank, name, stitched.removed)
+        statistics = statistics.select(columns) if statistics else None
+    else:
+        columns = tuple(range(bank.graph.layer(name).in_features))
+    if gradients is not None:
+        gradients = gradients.select(rows, columns, bank.graph.layer(name).columns_per_channel)
+    statistics, gradients = equalized(parts[0], bank.graph.layer(name), statistics, gradients)
+    if len(parts) > 1:
+        # A decomposition mixes channels: gradients of single weights are known no more.
+        gradients = None
+        layer = bank.graph.layer(name)
+        statistics = statistics and part_statistics(layer, parts, index, statistics)
+    bias = cast("Tensor | None", part.bias)
     return LayerProblem(
-        layer=replace(
-            original,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            groups=original.groups if original.groups == 1 else out_channels,
-        ),
-        weight=weight.reshape(out_channels, -1),
+        layer=part_layer(bank.graph.layer(name), part),
+        weight=unfolded(part),
         bias=None if bias is None else bias.detach(),
         statistics=statistics,
-        free_bias=bank.has_free_bias(name),
+        free_bias=part is parts[-1] and bank.has_free_bias(name),
         multiple=bank.multiple,
+        gradients=gradients,
     )

@@ -1,7 +1,17 @@
 """From a stitched network to the ONNX file that ships."""
 
 from autocompress.export.exporter import Exporter, FloatModel
-from autocompress.export.qdq import QuantizedModel, quantize
-from autocompress.export.stock import stock_int8
+from autocompress.export.packed import stored_weight_bytes
+from autocompress.export.quantize import Label, QuantizedModel, quantize
+from autocompress.export.stock import StockOptions, stock_quantize
 
-__all__ = ["Exporter", "FloatModel", "QuantizedModel", "quantize", "stock_int8"]
+__all__ = [
+    "Exporter",
+    "FloatModel",
+    "Label",
+    "QuantizedModel",
+    "StockOptions",
+    "quantize",
+    "stock_quantize",
+    "stored_weight_bytes",
+]

@@ -13,14 +13,50 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autocompress.errors import ExportError
-from autocompress.export.fold import fold_batch_norms
 from autocompress.export.observe import run_float
 from autocompress.export.skeleton import Graph, Skeleton, export_afresh
 from autocompress.graph import NetworkGraph
 from autocompress.graph.layers import flatten_outputs
+from autocompress.graph.norms import fold_batch_norms
+from autocompress.techniques.technique import CodebookWeight, IntegerWeight
 
 # Float logits may differ by this share of their largest magnitude: kernels sum in another order.
 PARITY_TOLERANCE = 1e-3
+_INTEGERS, _CODEBOOK = "integer_weight", "codebook_weight"
+
+
+@final
+@dataclass(frozen=True)
+class StoredIntegers:
+    """A layer's weight and inputs as integers.
+
+    Attributes:
+        how: bits, granularity and calibration.
+        scale: shape (out, groups), as in `IntegerWeight`; batch norms are folded into it.
+        input_range: trained scale and zero point of the inputs; None to find them by calibration.
+    """
+
+    how: IntegerWeight
+    scale: NDArray[np.float32]
+    input_range: tuple[float, int] | None
+
+
+@final
+@dataclass(frozen=True)
+class StoredCodebook:
+    """A layer's weight as codewords: `scale * codebook[codes].reshape(out, in)`.
+
+    Attributes:
+        how: bits per code.
+        codebook: shape (K, d).
+        codes: shape (out, in / d), int64.
+        scale: shape (out, 1); batch norms are folded into it.
+    """
+
+    how: CodebookWeight
+    codebook: NDArray[np.float32]
+    codes: NDArray[np.int64]
+    scale: NDArray[np.float32]
 
 
 @final
@@ -30,13 +66,15 @@ class FloatModel:
 
     Attributes:
         graph: the model and where each layer's weight stands.
-        scales: weight scales by initializer name for the layers that are to run in int8.
+        integers: by initializer name, the layers whose weights or inputs are to be integers.
+        codebooks: by initializer name, the layers whose weights are made of codewords.
         parity: largest logit difference against PyTorch, as a share of the largest logit.
         fresh: whether the skeleton did not fit and the network was exported afresh.
     """
 
     graph: Graph
-    scales: Mapping[str, NDArray[np.float32]]
+    integers: Mapping[str, StoredIntegers]
+    codebooks: Mapping[str, StoredCodebook]
     parity: float
     fresh: bool
 
@@ -86,7 +124,7 @@ class Exporter:
             # A channel count that the graph holds as a constant: only a new export knows it.
             graph, fresh = export_afresh(folded, self._example_inputs, self._layers), True
             parity = self._check(graph, expected)
-        return FloatModel(graph, _weight_scales(folded, graph), parity, fresh)
+        return FloatModel(graph, *_stored_weights(folded, graph), parity, fresh)
 
     def _check(self, graph: Graph, expected: Sequence[Tensor]) -> float:
         try:
@@ -115,18 +153,32 @@ class Exporter:
         return worst
 
 
-def _weight_scales(folded: nn.Module, graph: Graph) -> dict[str, NDArray[np.float32]]:
-    scales = {}
-    for name, site in graph.sites.items():
-        scale = getattr(folded.get_submodule(name), "weight_scale", None)
-        if isinstance(scale, Tensor):
-            scales[site.initializer] = scale.numpy()
-    wanted = {n for n, m in folded.named_modules() if hasattr(m, "weight_scale")}
-    missing = sorted(wanted - set(graph.sites))
-    if missing:
-        raise ExportError(
-            "The weight of a layer to be quantized cannot be found in the ONNX graph.",
-            given=", ".join(missing),
-            advice="leave the layer out with `exclude` in the search space",
-        )
-    return scales
+def _stored_weights(
+    folded: nn.Module, graph: Graph
+) -> tuple[dict[str, StoredIntegers], dict[str, StoredCodebook]]:
+    integers: dict[str, StoredIntegers] = {}
+    codebooks: dict[str, StoredCodebook] = {}
+    for name, module in folded.named_modules():
+        integer, codebook = (getattr(module, a, None) for a in (_INTEGERS, _CODEBOOK))
+        if integer is None and codebook is None:
+            continue
+        if name not in graph.sites:
+            raise ExportError(
+                "The weight of a layer to be quantized cannot be found in the ONNX graph.",
+                given=name,
+                advice="leave the layer out with `exclude` in the search space",
+            )
+        site = graph.sites[name].initializer
+        values = {key: buffer.numpy() for key, buffer in module.named_buffers(recurse=False)}
+        if integer is not None:
+            found = values.get("input_scale")
+            trained = None
+            if found is not None:
+                trained = (float(found), int(values["input_zero_point"]))
+            integers[site] = StoredIntegers(integer, values["weight_scale"], trained)
+        else:
+            assert codebook is not None
+            codebooks[site] = StoredCodebook(
+                codebook, values["codebook"], values["codes"], values["weight_scale"]
+            )
+    return integers, codebooks

@@ -11,6 +11,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from autocompress.errors import ExportError
+from autocompress.export.ranges import Observed
+
+# Inputs that are run at once: the inner tensors of one run are held in memory together.
+_BATCH = 32
+_SAMPLED_VALUES = 50_000
 
 
 def run_float(
@@ -28,26 +33,76 @@ def run_float(
     Raises:
         ExportError: ONNX Runtime does not load or run the model.
     """
+    session = _session(model, tensors)
     names = [output.name for output in model.graph.output]
+    return _run(session, inputs, [*names, *tensors])
+
+
+def observe(
+    model: onnx.ModelProto, inputs: Sequence[NDArray[Any]], tensors: Sequence[str]
+) -> dict[str, Observed]:
+    """Ranges and sampled values of inner tensors, batch by batch.
+
+    Of a large tensor a random sample, always the same, is kept: not evenly spaced values, since
+    a stride that divides the width would see some features only. The smallest and the largest
+    value are in it too, so that no calibration believes that cutting them costs nothing.
+
+    Args:
+        inputs: one array per model input, batch in dimension 0.
+        tensors: names of inner tensors.
+
+    Raises:
+        ExportError: ONNX Runtime does not load or run the model.
+    """
+    session = _session(model, tensors)
+    starts = range(0, len(inputs[0]), _BATCH)
+    quota = -(-_SAMPLED_VALUES // len(starts))
+    lows, highs = dict.fromkeys(tensors, 0.0), dict.fromkeys(tensors, 0.0)
+    samples: dict[str, list[NDArray[np.float32]]] = {name: [] for name in tensors}
+    for start in starts:
+        batch = [x[start : start + _BATCH] for x in inputs]
+        for name, value in zip(tensors, _run(session, batch, tensors), strict=True):
+            flat = value.reshape(-1)
+            # NumPy's minimum, which keeps a NaN.
+            lows[name] = float(np.minimum(lows[name], flat.min()))
+            highs[name] = float(np.maximum(highs[name], flat.max()))
+            if flat.size > quota:
+                flat = flat[np.random.default_rng(start).integers(flat.size, size=quota)]
+            samples[name].append(flat)
+    for name in tensors:
+        samples[name].append(np.array([lows[name], highs[name]], np.float32))
+    return {
+        name: Observed(lows[name], highs[name], np.concatenate(samples[name])) for name in tensors
+    }
+
+
+def _session(model: onnx.ModelProto, tensors: Sequence[str]) -> ort.InferenceSession:
+    """A session with some inner tensors among its outputs."""
+    known = {value.name for value in (*model.graph.output, *model.graph.input)}
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
-    inner = [t for t in dict.fromkeys(tensors) if t not in names and not _is_input(model, t)]
-    for name in inner:
-        watched.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    for name in dict.fromkeys(tensors):
+        if name not in known:
+            watched.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
     options = ort.SessionOptions()
     options.log_severity_level = 4
     try:
-        session = ort.InferenceSession(
+        return ort.InferenceSession(
             watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-        feed = {i.name: x for i, x in zip(session.get_inputs(), inputs, strict=True)}
-        values = dict(zip([*names, *inner], session.run([*names, *inner], feed), strict=True))
     except Exception as cause:
         # ONNX Runtime raises its own bare exceptions for every kind of fault in a model.
+        raise ExportError(f"ONNX Runtime cannot load the model: {cause}") from cause
+
+
+def _run(
+    session: ort.InferenceSession, inputs: Sequence[NDArray[Any]], names: Sequence[str]
+) -> list[NDArray[np.float32]]:
+    feed = {i.name: x for i, x in zip(session.get_inputs(), inputs, strict=True)}
+    wanted = [name for name in dict.fromkeys(names) if name not in feed]
+    try:
+        found = session.run(wanted, feed) if wanted else []
+    except Exception as cause:
         raise ExportError(f"ONNX Runtime cannot run the model: {cause}") from cause
-    values |= feed
-    return [values[name] for name in (*names, *tensors)]
-
-
-def _is_input(model: onnx.ModelProto, tensor: str) -> bool:
-    return any(i.name == tensor for i in model.graph.input)
+    values = {**dict(zip(wanted, found, strict=True)), **feed}
+    return [values[name] for name in names]

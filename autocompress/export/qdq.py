@@ -1,138 +1,97 @@
-"""Mixed precision in the file: quantize/dequantize pairs around the layers that run in int8.
+"""Static ranges in the file: quantize/dequantize pairs around the layers that run in integers.
 
 ONNX Runtime fuses a layer whose input, weight and output are dequantized and quantized again into
-one integer kernel; activations are unsigned, since its x86 kernels are fastest with those.
+one integer kernel; its x86 kernels are fastest with unsigned activations. A pair with nothing to
+fuse rounds the tensor and is run as it stands: inputs of 16 bits, or of layers with float weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
-from onnx import helper, numpy_helper
 
 from autocompress.errors import ExportError
-from autocompress.export.exporter import FloatModel
-from autocompress.export.observe import run_float
+from autocompress.export.codes import WeightCodes
+from autocompress.export.edit import layers_of
+from autocompress.export.exporter import StoredIntegers
+from autocompress.export.kernels import store_for_kernels
+from autocompress.export.pairs import Pairs
+from autocompress.export.ranges import Grid, Observed, find_grid
 
-_INTEGER_OPERATORS = ("Conv", "Gemm", "MatMul")
 _FUSED_ACTIVATIONS = ("Relu", "Clip")
-# Shares of the observed range that are tried as the representable one.
-_CLIP_RATIOS = np.linspace(0.5, 1.0, 26)
-_SAMPLED_VALUES = 50_000
-_SMALLEST_SCALE = 1e-12
+# Nodes that move values or drop some: rounding before them or after them is the same.
+_MOVES = ("Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 
 
 @final
 @dataclass(frozen=True)
-class QuantizedModel:
-    """A model with integer layers, and how many of them there are."""
+class StaticLayer:
+    """A layer whose inputs have a fixed range.
 
-    model: onnx.ModelProto
-    integer_layers: int
+    Attributes:
+        initializer: its weight.
+        stored: bits, calibration and trained range of its inputs.
+        weight: its integers, where it runs on an integer kernel; else None.
+    """
+
+    initializer: str
+    stored: StoredIntegers
+    weight: WeightCodes | None
 
 
 @final
-@dataclass(frozen=True)
-class _Range:
-    scale: np.float32
-    zero_point: np.uint8
+class StaticRewriter:
+    """Finds which tensors become integers, and rewrites a graph in place.
 
-
-def quantize(floating: FloatModel, inputs: Sequence[NDArray[Any]]) -> QuantizedModel:
-    """Make a float model's chosen layers integer.
-
-    Args:
-        floating: with the weight scales of those layers; none leaves the model as it is.
-        inputs: calibration inputs, from which activation ranges are taken.
+    A tensor has one 8-bit grid, that of the first layer that reads it, or else of the layer that
+    makes it. Where layers disagree about the sign, the same numbers are given by both kinds of
+    integers. A 16-bit grid belongs to the layer that asks for it.
 
     Raises:
-        ExportError: a layer to be quantized is no convolution or matrix product in the graph.
+        ExportError: a weight is read by something else than convolutions and matrix products.
     """
-    if not floating.scales:
-        return QuantizedModel(floating.graph.model, 0)
-    model = onnx.ModelProto()
-    model.CopyFrom(floating.graph.model)
-    rewriter = _Rewriter(model.graph, floating.scales)
-    observed = run_float(model, inputs, rewriter.tensors)[len(model.graph.output) :]
-    ranges = {
-        name: activation_range(value)
-        for name, value in zip(rewriter.tensors, observed, strict=True)
-    }
-    axes = {site.initializer: site.axis for site in floating.graph.sites.values()}
-    rewriter.rewrite(ranges, axes)
-    try:
-        onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as cause:
-        raise ExportError(f"The quantized ONNX file is invalid: {cause}") from cause
-    return QuantizedModel(model, len(floating.scales))
 
-
-def activation_range(values: NDArray[np.float32]) -> _Range:
-    """The 8-bit grid with the least squared error on observed values; zero is exact.
-
-    Args:
-        values: any shape; of more than 50,000 a random sample, always the same, is looked at.
-    """
-    flat = values.reshape(-1)
-    low, high = min(float(flat.min()), 0.0), max(float(flat.max()), 0.0)
-    if flat.size > _SAMPLED_VALUES:
-        # Not evenly spaced: a stride that divides the width would see some features only.
-        flat = flat[np.random.default_rng(0).integers(flat.size, size=_SAMPLED_VALUES)]
-    sample = flat.astype(np.float64)
-    best, best_error = _Range(np.float32(1.0), np.uint8(0)), np.inf
-    for ratio in _CLIP_RATIOS:
-        scale = max((high - low) * ratio / 255.0, _SMALLEST_SCALE)
-        zero_point = float(np.clip(np.round(-low * ratio / scale), 0, 255))
-        grid = np.clip(np.round(sample / scale) + zero_point, 0, 255)
-        error = float(np.square((grid - zero_point) * scale - sample).sum())
-        if error < best_error:
-            best, best_error = _Range(np.float32(scale), np.uint8(zero_point)), error
-    return best
-
-
-class _Rewriter:
-    """Finds which tensors become integers, and rewrites the graph in place."""
-
-    def __init__(self, graph: onnx.GraphProto, scales: Mapping[str, NDArray[np.float32]]) -> None:
+    def __init__(self, graph: onnx.GraphProto, layers: Sequence[StaticLayer]) -> None:
         self._graph = graph
-        self._scales = scales
         self._outputs = {o.name for o in graph.output}
+        self._constants = {i.name for i in graph.initializer}
         self._readers: dict[str, list[onnx.NodeProto]] = {}
+        self._sources = {output: node for node in graph.node for output in node.output}
         for node in graph.node:
             for name in node.input:
                 self._readers.setdefault(name, []).append(node)
+        for layer in layers:
+            layers_of(graph, layer.initializer)
+        by_weight = {layer.initializer: layer for layer in layers}
         self._layers = [
-            node for node in graph.node
-            if node.op_type in _INTEGER_OPERATORS and node.input[1] in scales
+            (node, by_weight[node.input[1]])
+            for node in graph.node if len(node.input) > 1 and node.input[1] in by_weight
         ]  # fmt: skip
-        missing = set(scales) - {node.input[1] for node in self._layers}
-        if missing:
-            raise ExportError(
-                "A weight to be quantized is not read by a convolution or matrix product.",
-                given=", ".join(sorted(missing)),
-            )
-        # Tensors that an integer kernel writes: they exist as integers only.
-        self._made_as_integers = {
-            self._activated(node) for node in self._layers
-            if node.op_type == "Conv" or self._activated(node) not in self._outputs
-        }  # fmt: skip
-        chosen = {node.input[0] for node in self._layers} | self._made_as_integers
-        self._sums: list[onnx.NodeProto] = []
-        for node in graph.node:
-            # In the graph's order, so that sums of sums are found.
-            inputs, output = set(node.input), self._activated(node)
-            if node.op_type == "Add" and inputs <= chosen and inputs & self._made_as_integers:
-                self._sums.append(node)
-                self._made_as_integers.add(output)
-                chosen.add(output)
-        self.tensors = sorted(chosen)
-        # Integer results that leave the model: dequantized, they keep the output's name.
-        self._leaving = self._outputs & self._made_as_integers
+        # What an integer kernel writes exists as integers only; with the layer that decides how.
+        self._makers: dict[str, StoredIntegers] = {}
+        for node, layer in self._layers:
+            made = self._activated(node)
+            if layer.weight and (node.op_type == "Conv" or made not in self._outputs):
+                self._makers[made] = layer.stored
+        self._sums = self._find_sums()
+        self.tensors = sorted(self._makers.keys() | {node.input[0] for node, _ in self._layers})
+
+    def _find_sums(self) -> list[onnx.NodeProto]:
+        """Additions of tensors that are integers anyway; in order, so that sums of sums are."""
+        sums, read = [], self._read_as_bytes()
+        for node in self._graph.node:
+            makers = [self._makers[name] for name in node.input if name in self._makers]
+            if node.op_type == "Add" and makers and set(node.input) <= read | self._makers.keys():
+                sums.append(node)
+                self._makers[self._activated(node)] = makers[0]
+        return sums
+
+    def _read_as_bytes(self) -> set[str]:
+        return {n.input[0] for n, layer in self._layers if layer.stored.how.activation_bits == 8}
 
     def _activated(self, node: onnx.NodeProto) -> str:
         """The tensor that a node's fused kernel writes: after a sole activation that reads it."""
@@ -150,129 +109,125 @@ class _Rewriter:
         return name
 
     def _is_bias(self, node: onnx.NodeProto) -> bool:
-        initializers = {i.name for i in self._graph.initializer}
-        return node.op_type == "Add" and any(name in initializers for name in node.input)
+        return node.op_type == "Add" and any(name in self._constants for name in node.input)
 
-    def rewrite(self, ranges: Mapping[str, _Range], axes: Mapping[str, int]) -> None:
-        values = {i.name: i for i in self._graph.initializer}
-        added: list[onnx.TensorProto] = []
-        pairs: dict[str, list[onnx.NodeProto]] = {}
-        for name, grid in ranges.items():
-            pair = self._activation_pair(name, grid, added)
-            pairs[pair[0].input[0]] = pair
-        weight_scales = self._weight_scales(ranges, values)
-        weight_nodes: list[onnx.NodeProto] = []
-        done = set[str]()
-        for node in self._layers:
-            weight = str(node.input[1])
-            bias = str(node.input[2]) if len(node.input) > 2 and node.input[2] else ""
-            grid = ranges[node.input[0]]
-            scale = weight_scales[weight]
-            if weight not in done:
-                weight_nodes.append(_integer_weight(values.pop(weight), scale, axes[weight], added))
-                done.add(weight)
-            node.input[1] = f"{weight}_dequantized"
-            if bias in values and node.op_type != "MatMul":
-                scales = scale * grid.scale
-                # Named after the node: a shared layer's bias has another scale at each call.
-                name = f"{node.output[0]}_bias"
-                weight_nodes.append(_integer_bias(name, values[bias], scales, added))
-                node.input[2] = f"{name}_dequantized"
-        self._redirect(set(ranges) - self._leaving)
-        used = {name for node in self._graph.node for name in node.input}
-        del self._graph.initializer[:]
-        self._graph.initializer.extend([v for n, v in values.items() if n in used] + added)
-        self._insert(pairs, weight_nodes)
+    def rewrite(self, observed: Mapping[str, Observed]) -> Pairs:
+        """Put integer weights and biases into the graph, and let everybody read rounded tensors.
 
-    def _weight_scales(
-        self, ranges: Mapping[str, _Range], values: Mapping[str, onnx.TensorProto]
-    ) -> dict[str, NDArray[np.float32]]:
-        """The weights' scales, raised where a bias would overflow 32 bits, and never zero.
+        Args:
+            observed: values of all `tensors`.
 
-        A layer that is called several times has one scale for all calls.
+        Returns:
+            The pairs that round them, still to be inserted.
+
+        Raises:
+            ExportError: trained ranges that contradict each other or do not fit their integers.
         """
-        scales = {
-            weight: np.maximum(np.asarray(scale, np.float32), np.float32(_SMALLEST_SCALE))
-            for weight, scale in self._scales.items()
-        }
-        for node in self._layers:
-            if len(node.input) > 2 and node.input[2] in values:
-                bias = np.abs(numpy_helper.to_array(values[node.input[2]]))
-                smallest = bias / (float(ranges[node.input[0]].scale) * 2.0**30)
-                raised = np.maximum(scales[node.input[1]], smallest)
-                scales[node.input[1]] = np.asarray(raised, np.float32)
-        return scales
-
-    def _activation_pair(
-        self, name: str, grid: _Range, added: list[onnx.TensorProto]
-    ) -> list[onnx.NodeProto]:
-        scale, zero = f"{name}_scale", f"{name}_zero_point"
-        added += [
-            numpy_helper.from_array(np.asarray(grid.scale), scale),
-            numpy_helper.from_array(np.asarray(grid.zero_point), zero),
-        ]
-        integer, back, source = f"{name}_quantized", f"{name}_dequantized", name
-        if name in self._leaving:
-            back, source = name, f"{name}_float"
-            for node in self._graph.node:
-                node.output[:] = [source if output == name else output for output in node.output]
-        return [
-            helper.make_node("QuantizeLinear", [source, scale, zero], [integer], f"{name}_q"),
-            helper.make_node("DequantizeLinear", [integer, scale, zero], [back], f"{name}_dq"),
-        ]
-
-    def _redirect(self, quantized: set[str]) -> None:
-        """Let nodes read the dequantized tensor where that keeps the integer kernels together.
-
-        Everybody reads what an integer kernel made; other tensors keep their float form, and only
-        integer layers and sums read the other.
-        """
-        integer_nodes = {id(node) for node in (*self._layers, *self._sums)}
+        pairs = Pairs()
+        rounded = self._makers.keys() | self._read_as_bytes()
+        shared = {name: self._shared_grid(name, observed[name]) for name in sorted(rounded)}
+        # Integers can then be moved as they are.
+        shared |= {name: shared[moved] for name, moved in self._moved(shared).items()}
+        for name, maker in self._makers.items():
+            # An integer result that leaves the model keeps the output's name once dequantized.
+            leaves = name in self._outputs
+            if leaves:
+                _rename(self._graph, name, f"{name}_float")
+            pairs.add_made(name, shared[name].with_sign(maker.how.signed), leaves=leaves)
+        grids, readings = [], []
+        for node, layer in self._layers:
+            name, how = str(node.input[0]), layer.stored.how
+            if how.activation_bits == 8:
+                grid = shared[name].with_sign(how.signed)
+            else:
+                grid = _own_grid(layer.stored, observed[name])
+            grids.append(grid)
+            readings.append(pairs.reading(name, grid))
+        summed = {id(node) for node in self._sums}
         for node in self._graph.node:
+            # Everybody reads what an integer kernel made; of other tensors, only layers and sums.
             for i, name in enumerate(node.input):
-                everybody = name in self._made_as_integers
-                if name in quantized and (everybody or id(node) in integer_nodes):
-                    node.input[i] = f"{name}_dequantized"
+                if name in self._makers or id(node) in summed:
+                    node.input[i] = pairs.first_reading(name)
+        for (node, _), reading in zip(self._layers, readings, strict=True):
+            node.input[0] = reading
+        self._keep_others_float(pairs)
+        integer = [
+            (node, layer.weight, grid)
+            for (node, layer), grid in zip(self._layers, grids, strict=True) if layer.weight
+        ]  # fmt: skip
+        store_for_kernels(self._graph, integer)
+        return pairs
 
-    def _insert(
-        self, pairs: Mapping[str, list[onnx.NodeProto]], weight_nodes: Sequence[onnx.NodeProto]
-    ) -> None:
-        nodes = list(weight_nodes)
-        for entry in self._graph.input:
-            nodes += pairs.get(entry.name, [])
+    def _moved(self, grids: Collection[str]) -> dict[str, str]:
+        """Tensors made as integers whose values are only moved into another one with a grid."""
+        found = {}
+        for made in self._makers.keys() - self._outputs:
+            name, readers = made, self._readers.get(made, [])
+            while len(readers) == 1 and readers[0].op_type in _MOVES:
+                name = str(readers[0].output[0])
+                if name in grids:
+                    found[made] = name
+                    break
+                readers = self._readers.get(name, [])
+        return found
+
+    def _keep_others_float(self, pairs: Pairs) -> None:
+        """Guard what float layers make of rounded tensors."""
+        kernels = {id(node) for node, layer in self._layers if layer.weight}
         for node in self._graph.node:
-            nodes.append(node)
-            for output in node.output:
-                nodes += pairs.get(output, [])
-        del self._graph.node[:]
-        self._graph.node.extend(nodes)
+            if node.op_type not in ("Conv", "Gemm") or id(node) in kernels:
+                continue
+            name = str(node.input[0])
+            while name in self._sources and self._sources[name].op_type in _MOVES:
+                name = str(self._sources[name].input[0])
+            if pairs.gives(name):
+                for tensor in {node.output[0], self._activated(node)}:
+                    pairs.guard(tensor)
+
+    def _shared_grid(self, tensor: str, observed: Observed) -> Grid:
+        """The 8-bit grid of a tensor, unsigned."""
+        readers = [
+            layer.stored for node, layer in self._layers
+            if node.input[0] == tensor and layer.stored.how.activation_bits == 8
+        ]  # fmt: skip
+        trained = {
+            _trained_grid(stored, *stored.input_range).with_sign(False)
+            for stored in readers if stored.input_range
+        }  # fmt: skip
+        if len(trained) > 1:
+            raise ExportError(
+                "Layers that read the same tensor were trained with different ranges for it.",
+                given=f"{tensor}: "
+                + ", ".join(f"scale {g.scale:g}, zero point {g.zero_point}" for g in trained),
+                allowed="one scale and zero point",
+                advice="let layers that share an input share its quantizer in training",
+            )
+        if trained:
+            return trained.pop()
+        owner = readers[0] if readers else self._makers[tensor]
+        return find_grid(observed, owner.how.calibration, 8)
 
 
-def _integer_weight(
-    weight: onnx.TensorProto, scale: NDArray[np.float32], axis: int, added: list[onnx.TensorProto]
-) -> onnx.NodeProto:
-    value = numpy_helper.to_array(weight)
-    shape = [1] * value.ndim
-    shape[axis] = -1
-    codes = np.clip(np.round(value / scale.reshape(shape)), -127, 127).astype(np.int8)
-    names = [f"{weight.name}_quantized", f"{weight.name}_scale", f"{weight.name}_zero_point"]
-    arrays: tuple[NDArray[Any], ...] = (codes, scale, np.zeros(len(scale), np.int8))
-    added += [numpy_helper.from_array(a, n) for a, n in zip(arrays, names, strict=True)]
-    return helper.make_node(
-        "DequantizeLinear", names, [f"{weight.name}_dequantized"], f"{weight.name}_dq", axis=axis
-    )
+def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
+    for node in graph.node:
+        node.output[:] = [new if output == old else output for output in node.output]
 
 
-def _integer_bias(
-    name: str, bias: onnx.TensorProto, scale: NDArray[np.float32], added: list[onnx.TensorProto]
-) -> onnx.NodeProto:
-    value = numpy_helper.to_array(bias).astype(np.float64)
-    codes = np.round(value / scale.astype(np.float64)).astype(np.int32)
-    names = [f"{name}_quantized", f"{name}_scale", f"{name}_zero_point"]
-    arrays: tuple[NDArray[Any], ...] = (
-        codes, scale.astype(np.float32), np.zeros(len(scale), np.int32),
-    )  # fmt: skip
-    added += [numpy_helper.from_array(a, n) for a, n in zip(arrays, names, strict=True)]
-    return helper.make_node(
-        "DequantizeLinear", names, [f"{name}_dequantized"], f"{name}_dq", axis=0
-    )
+def _own_grid(stored: StoredIntegers, observed: Observed) -> Grid:
+    how = stored.how
+    if stored.input_range:
+        return _trained_grid(stored, *stored.input_range)
+    return find_grid(observed, how.calibration, how.activation_bits).with_sign(how.signed)
+
+
+def _trained_grid(stored: StoredIntegers, scale: float, zero_point: int) -> Grid:
+    grid = Grid(np.float32(scale), zero_point, stored.how.activation_bits, stored.how.signed)
+    low, high = grid.integers
+    if not (np.isfinite(grid.scale) and grid.scale > 0 and low <= zero_point <= high):
+        raise ExportError(
+            "A trained range of a layer's inputs does not fit its integers.",
+            given=f"scale {scale:g}, zero point {zero_point}",
+            allowed=f"a scale above 0, a zero point from {low} to {high}",
+        )
+    return grid

@@ -1,7 +1,7 @@
 """The ONNX graph of the original network, exported once; candidates only bring other weights.
 
 Exporting costs over a second, filling a skeleton milliseconds. Channel counts live in the weights,
-not in the graph, so one skeleton serves every pruning; a decomposed layer becomes two nodes here.
+not in the graph, so one skeleton serves every pruning; a decomposed layer becomes a chain of nodes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from autocompress.errors import ExportError
 from autocompress.export.torch_export import export_graph, set_attribute
+from autocompress.techniques.decomposed import handlers
 
 Array = NDArray[np.float32]
 
@@ -107,7 +108,7 @@ class Skeleton:
         """The graph with a candidate's weights.
 
         Args:
-            network: batch norms folded; decomposed layers are `nn.Sequential` of two.
+            network: batch norms folded; decomposed layers are an `nn.Sequential` of their parts.
 
         Raises:
             ExportError: the candidate lacks a parameter that the skeleton needs.
@@ -117,12 +118,12 @@ class Skeleton:
         model.CopyFrom(self._model)
         model.graph.initializer.extend(self._constants)
         sites: dict[str, WeightSite] = {}
-        replaced: dict[str, tuple[str, str]] = {}
+        replaced: dict[str, tuple[str, ...]] = {}
         for name, source in self._sources.items():
             owner, _, field = source.parameter.rpartition(".")
             parts = _parts(network, owner) if owner in self._layers else (owner,)
-            if field == "weight" and len(parts) == 2:
-                replaced[name] = (f"{parts[0]}.weight", f"{parts[1]}.weight")
+            if field == "weight" and len(parts) > 1:
+                replaced[name] = tuple(f"{part}.weight" for part in parts)
                 filled = [(f"{part}.weight", f"{part}.weight", part) for part in parts]
             else:
                 filled = [(name, f"{parts[-1]}.{field}".lstrip("."), parts[-1])]
@@ -133,7 +134,12 @@ class Skeleton:
                 model.graph.initializer.append(numpy_helper.from_array(value, initializer))
                 if field == "weight" and owner in self._layers:
                     sites[part] = WeightSite(initializer, int(source.transposed))
-        _rewrite_nodes(model.graph, replaced, _conv_groups(network, sites))
+        shapes = {
+            site.initializer: cast(Tensor, network.get_submodule(name).weight).shape[2:]
+            for name, site in sites.items()
+        }
+        _rewrite_nodes(model.graph, replaced, shapes)
+        _set_groups(model.graph, network, sites)
         return Graph(model, sites)
 
 
@@ -142,9 +148,10 @@ def _arrays(network: nn.Module) -> dict[str, Array]:
 
 
 def _parts(network: nn.Module, layer: str) -> tuple[str, ...]:
-    """The modules that a layer consists of now: itself, or the two of its decomposition."""
-    if isinstance(network.get_submodule(layer), nn.Sequential):
-        return (f"{layer}.0", f"{layer}.1")
+    """The modules that a layer consists of now: itself, or those of its decomposition."""
+    module = network.get_submodule(layer)
+    if isinstance(module, nn.Sequential):
+        return tuple(f"{layer}.{part}" for part, _ in module.named_children())
     return (layer,)
 
 
@@ -166,36 +173,74 @@ def _find_source(initializer: onnx.TensorProto, state: Mapping[str, Array]) -> _
     return None
 
 
-def _conv_groups(network: nn.Module, sites: Mapping[str, WeightSite]) -> dict[str, int]:
-    return {
+def _set_groups(
+    graph: onnx.GraphProto, network: nn.Module, sites: Mapping[str, WeightSite]
+) -> None:
+    """Give convolutions the groups that their modules have now, in place."""
+    groups = {
         site.initializer: cast(int, getattr(network.get_submodule(name), "groups", 1))
         for name, site in sites.items()
     }
+    for node in graph.node:
+        if node.op_type == "Conv" and node.input[1] in groups:
+            set_attribute(node, "group", groups[node.input[1]])
 
 
 def _rewrite_nodes(
-    graph: onnx.GraphProto, replaced: Mapping[str, tuple[str, str]], groups: Mapping[str, int]
+    graph: onnx.GraphProto,
+    replaced: Mapping[str, tuple[str, ...]],
+    kernels: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Set convolution groups and put two nodes where a layer was decomposed, in place."""
+    """Put a chain of nodes where a layer was decomposed, in place; the last one has the bias.
+
+    Args:
+        replaced: for a weight's name those of the parts.
+        kernels: for a part's weight its kernel size.
+    """
     nodes = []
     for node in graph.node:
         weight = node.input[1] if len(node.input) > 1 else ""
-        if node.op_type == "Conv" and weight in groups:
-            set_attribute(node, "group", groups[weight])
-        if weight not in replaced or node.op_type not in ("Conv", "Gemm", "MatMul"):
+        if weight in replaced and node.op_type in ("Conv", "Gemm", "MatMul"):
+            nodes += _chain(node, replaced[weight], kernels)
+        else:
             nodes.append(node)
-            continue
-        first, second = onnx.NodeProto(), onnx.NodeProto()
-        first.CopyFrom(node)
-        second.CopyFrom(node)
-        middle = f"{node.output[0]}_rank"
-        del first.input[:], first.output[:]
-        first.input.extend([node.input[0], replaced[weight][0]])
-        first.output.append(middle)
-        first.name, second.name = f"{node.name}_first", f"{node.name}_second"
-        second.input[0], second.input[1] = middle, replaced[weight][1]
-        if node.op_type == "Conv":
-            del second.attribute[:]
-        nodes += [first, second]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _chain(
+    node: onnx.NodeProto, weights: tuple[str, ...], kernels: Mapping[str, tuple[int, ...]]
+) -> list[onnx.NodeProto]:
+    """The nodes of a decomposed layer, one for each part."""
+    chain = []
+    before = node.input[0]
+    turn = handlers([tuple(kernels[weight]) for weight in weights])
+    for index, weight in enumerate(weights):
+        part = onnx.NodeProto()
+        part.CopyFrom(node)
+        part.name = f"{node.name}_part{index}"
+        part.input[0], part.input[1] = before, weight
+        if index < len(weights) - 1:
+            del part.input[2:]
+            part.output[0] = before = f"{node.output[0]}_part{index}"
+        if node.op_type == "Conv":
+            _set_window(part, kernels[weight], [handler == index for handler in turn])
+        chain.append(part)
+    return chain
+
+
+def _set_window(node: onnx.NodeProto, kernel: tuple[int, ...], handled: list[bool]) -> None:
+    """Leave a convolution's strides, pads and dilations only in the dimensions it handles.
+
+    They are the node's own, not the module's: padding may be a node of its own before it.
+    """
+    neutral = {"strides": 1, "dilations": 1, "pads": 0}
+    for attribute in node.attribute:
+        if attribute.name == "kernel_shape":
+            attribute.ints[:] = kernel
+        elif attribute.name in neutral:
+            rest = neutral[attribute.name]
+            # Pads stand for all beginnings, then for all ends.
+            mine = handled * (len(attribute.ints) // len(handled))
+            values = zip(attribute.ints, mine, strict=True)
+            attribute.ints[:] = [value if own else rest for value, own in values]

@@ -1,19 +1,24 @@
-"""ONNX Runtime's own static int8 at its best: what the stock tool gives."""
+"""ONNX Runtime's own quantizer: what the stock tool gives."""
 
 from __future__ import annotations
 
+import io
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
-import numpy as np
+import onnx
 from numpy.typing import NDArray
 from onnxruntime.quantization import (
     CalibrationDataReader,
+    CalibrationMethod,
     QuantFormat,
     QuantType,
+    quantize_dynamic,
     quantize_static,
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -21,50 +26,95 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from autocompress.errors import ExportError
 
 _BATCH = 32
+_METHODS = (
+    ("minmax", CalibrationMethod.MinMax),
+    ("percentile", CalibrationMethod.Percentile),
+    ("entropy", CalibrationMethod.Entropy),
+)
+
+
+@final
+@dataclass(frozen=True)
+class StockOptions:
+    """Options of the stock tool; the defaults are its best setting on x86 CPUs.
+
+    Attributes:
+        mode: whether ranges of activations are fixed or taken anew at each run.
+        per_channel: one weight scale per output channel, else one per tensor.
+        signed_activations: of static ranges; dynamic ones are always unsigned.
+        calibration: how static ranges are found; entropy, by the tool's own settings, compares
+            histograms of as many bins as there are integers and so cuts next to nothing.
+    """
+
+    mode: Literal["static", "dynamic"] = "static"
+    per_channel: bool = True
+    signed_activations: bool = False
+    calibration: Literal["minmax", "percentile", "entropy"] = "minmax"
 
 
 @final
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Batches of equal size: histograms of the tool need tensors of one shape."""
+
     def __init__(self, names: Sequence[str], inputs: Sequence[NDArray[Any]]) -> None:
+        size = min(_BATCH, len(inputs[0]))
         self._batches = (
-            {n: x[start : start + _BATCH] for n, x in zip(names, inputs, strict=True)}
-            for start in range(0, len(inputs[0]), _BATCH)
+            {n: x[start : start + size] for n, x in zip(names, inputs, strict=True)}
+            for start in range(0, len(inputs[0]) - size + 1, size)
         )
 
-    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+    def get_next(self) -> dict[str, NDArray[Any]] | None:
         return next(self._batches, None)
 
 
-def stock_int8(
-    original: Path, target: Path, names: Sequence[str], inputs: Sequence[NDArray[Any]]
+def stock_quantize(
+    model: onnx.ModelProto, target: Path, inputs: Sequence[NDArray[Any]], options: StockOptions
 ) -> None:
-    """Quantize a float ONNX file by the stock tool and write the result.
-
-    Pre-processed, per-channel weights, unsigned activations: its best setting on x86 CPUs.
+    """Quantize a float model by the stock tool, after its pre-processing, and write the result.
 
     Args:
-        names: the model's input names.
-        inputs: calibration inputs in that order, batch in dimension 0.
+        inputs: calibration inputs in the order of the model's, batch in dimension 0.
 
     Raises:
         ExportError: the tool fails on this network.
     """
+    try:
+        with _quiet(), tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            original, prepared, result = (Path(folder) / f"{n}.onnx" for n in "abc")
+            onnx.save(model, original)
+            quant_pre_process(str(original), str(prepared))
+            names = [entry.name for entry in model.graph.input]
+            _quantize(prepared, result, _Reader(names, inputs), options)
+            result.replace(target)
+    except Exception as cause:
+        # The stock tool raises whatever its passes meet.
+        raise ExportError(
+            f"ONNX Runtime's {options.mode} quantizer fails on this network: {cause}"
+        ) from cause
+
+
+def _quantize(source: Path, target: Path, reader: _Reader, options: StockOptions) -> None:
+    if options.mode == "dynamic":
+        quantize_dynamic(
+            str(source), str(target), per_channel=options.per_channel, weight_type=QuantType.QInt8
+        )
+        return
+    activations = QuantType.QInt8 if options.signed_activations else QuantType.QUInt8
+    quantize_static(
+        str(source), str(target), reader, quant_format=QuantFormat.QDQ,
+        per_channel=options.per_channel, activation_type=activations, weight_type=QuantType.QInt8,
+        calibrate_method=dict(_METHODS)[options.calibration],
+    )  # fmt: skip
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the tool from printing advice; its errors say what matters."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)
     try:
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            prepared, result = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
-            quant_pre_process(str(original), str(prepared))
-            quantize_static(
-                str(prepared), str(result), _Reader(names, inputs), quant_format=QuantFormat.QDQ,
-                per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-            )  # fmt: skip
-            result.replace(target)
-    except Exception as cause:
-        # The stock tool raises whatever its passes meet; the reference point is then left out.
-        raise ExportError(
-            f"ONNX Runtime's static quantizer fails on this network: {cause}"
-        ) from cause
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         root.setLevel(level)

@@ -16,6 +16,8 @@ from autocompress.errors import GraphError
 from autocompress.graph.layers import LAYER_TYPES, NORM_TYPES, flatten_outputs
 
 Side = Literal["out", "in"]
+# The last part of the name of a group of attention heads, after that of its module.
+HEADS = "heads"
 _SLICEABLE = (*LAYER_TYPES, *NORM_TYPES, nn.PReLU, nn.LayerNorm)
 
 
@@ -41,6 +43,16 @@ class Member:
 
 @final
 @dataclass(frozen=True)
+class HeadCount:
+    """An integer attribute of a module that grows by `per_head` with every attention head."""
+
+    module: str
+    attribute: str
+    per_head: int
+
+
+@final
+@dataclass(frozen=True)
 class ChannelGroup:
     """Channels of several modules that stand or fall together.
 
@@ -49,12 +61,18 @@ class ChannelGroup:
         size: number of channels.
         members: every module side that it runs through.
         reason: why it can't be pruned; empty if it can.
+        heads: for a group of attention heads, the counts that a removal has to lower.
     """
 
     name: str
     size: int
     members: tuple[Member, ...]
     reason: str = ""
+    heads: tuple[HeadCount, ...] = ()
+
+    def step(self, multiple: int) -> int:
+        """Kept sizes count in steps of this, on a device that rewards multiples of `multiple`."""
+        return 1 if self.heads else multiple
 
     @property
     def prunable(self) -> bool:
@@ -84,6 +102,11 @@ def remove_channels(network: nn.Module, removals: Sequence[Removal]) -> None:
         pruner = tp.pruner.function.PrunerBox[tp.ops.module2type(module)]
         cut = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
         cut(module, indices)
+    for group, channels in removals:
+        for count in group.heads:
+            owner = network.get_submodule(count.module)
+            left = getattr(owner, count.attribute) - count.per_head * len(set(channels))
+            setattr(owner, count.attribute, left)
 
 
 def _cut_layer_norm(norm: nn.LayerNorm, indices: Sequence[int]) -> None:
@@ -95,10 +118,15 @@ def _cut_layer_norm(norm: nn.LayerNorm, indices: Sequence[int]) -> None:
         setattr(norm, name, nn.Parameter(parameter.detach()[..., keep].clone()))
 
 
-def find_groups(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> tuple[ChannelGroup, ...]:
+def find_groups(
+    network: nn.Module, example_inputs: tuple[Tensor, ...], heads: Sequence[ChannelGroup] = ()
+) -> tuple[ChannelGroup, ...]:
     """Every channel group of a network, by torch-pruning's dependency graph (Fang et al., 2023).
 
     A group that cannot be pruned is kept with its reason: each is tried once on a copy.
+
+    Args:
+        heads: groups of attention heads; single channels of theirs are not prunable.
 
     Raises:
         GraphError: the network cannot be traced.
@@ -117,15 +145,30 @@ def find_groups(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> tuple
             allowed="a network whose forward pass is differentiable PyTorch code",
             advice="check that network(*example_inputs) runs, and see --debug for the traceback",
         ) from cause
-    groups = [_read_group(graph, items, names) for items in raw]
-    order = {name: i for i, name in enumerate(names.values())}
-    groups.sort(key=lambda group: order[group.members[0].module])
+    groups = [_outside_heads(_read_group(graph, items, names), heads) for items in raw]
     with torch.no_grad():
         outputs = _output_shapes(network(*example_inputs))
-        return tuple(
+        tried = [
             replace(group, reason=group.reason or _try_out(network, group, example_inputs, outputs))
             for group in groups
-        )
+        ]
+    order = {name: i for i, name in enumerate(names.values())}
+    return tuple(sorted((*heads, *tried), key=lambda group: order[_first_module(group)]))
+
+
+def _first_module(group: ChannelGroup) -> str:
+    """Where a group begins; one of heads that were not understood has its module only."""
+    if group.members:
+        return group.members[0].module
+    return group.name.removesuffix(HEADS).removesuffix(".")
+
+
+def _outside_heads(group: ChannelGroup, heads: Sequence[ChannelGroup]) -> ChannelGroup:
+    sides = {(member.module, member.side) for member in group.members}
+    for other in heads:
+        if other.prunable and sides & {(member.module, member.side) for member in other.members}:
+            return replace(group, reason=f"its channels go by attention heads, see {other.name}")
+    return group
 
 
 def _read_group(graph: Any, items: Any, names: dict[Any, str]) -> ChannelGroup:
@@ -214,11 +257,20 @@ def _try_out(
 
 def dense_consumers(network: nn.Module, group: ChannelGroup) -> tuple[Member, ...]:
     """The layers that read a group's channels and whose weights can be refitted."""
+    return _dense_members(network, group, "in")
+
+
+def dense_producers(network: nn.Module, group: ChannelGroup) -> tuple[Member, ...]:
+    """The layers that write a group's channels, grouped convolutions left out."""
+    return _dense_members(network, group, "out")
+
+
+def _dense_members(network: nn.Module, group: ChannelGroup, side: Side) -> tuple[Member, ...]:
     found = []
     for member in group.members:
         module = network.get_submodule(member.module)
         dense = isinstance(module, LAYER_TYPES) and getattr(module, "groups", 1) == 1
-        if member.side == "in" and dense:
+        if member.side == side and dense:
             found.append(member)
     return tuple(found)
 

@@ -25,6 +25,7 @@ class Layer:
         kernel_size: spatial kernel size; empty for linear layers.
         positions: output positions (pixels, tokens) per sample, all calls together.
         weights: number of weights, the bias included.
+        stride: of every spatial dimension; empty for linear layers.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Layer:
     groups: int
     positions: int
     weights: int
+    stride: tuple[int, ...] = ()
 
     @property
     def in_features(self) -> int:
@@ -110,4 +112,5 @@ def _describe(name: str, module: nn.Module, positions: int) -> Layer:
         conv.groups,
         positions,
         weights,
+        tuple(conv.stride),
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from autocompress.errors import GraphError
 from autocompress.graph.groups import ChannelGroup, find_groups
+from autocompress.graph.heads import find_heads
 from autocompress.graph.layers import (
     LAYER_TYPES,
     NORM_TYPES,
@@ -28,7 +29,7 @@ class NetworkGraph:
 
     Attributes:
         layers: convolution and linear layers in order of their first call.
-        groups: coupled channel groups, prunable or with the reason why not.
+        groups: coupled channel groups and attention heads, prunable or with the reason why not.
         norms: for a layer whose output goes into one batch norm only, that norm's name.
     """
 
@@ -81,7 +82,8 @@ def trace(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> NetworkGrap
             allowed="a module that contains its layers",
             advice="wrap it in torch.nn.Sequential",
         )
-    return NetworkGraph(layers, find_groups(network, example_inputs), norms)
+    heads = find_heads(network, example_inputs, layers)
+    return NetworkGraph(layers, find_groups(network, example_inputs, heads), norms)
 
 
 def find_norms(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> dict[str, str]:

@@ -1,5 +1,16 @@
-"""Repair and recovery of a stitched network."""
+"""What is done to a compressed network so that it computes well again."""
 
+from autocompress.recover.codebook_tuning import tune_codebooks
+from autocompress.recover.gradual import gradual
 from autocompress.recover.normalization import BatchNormRepair
+from autocompress.recover.qat import train_quantized
+from autocompress.recover.recovery import RecoveryContext, recover_network
 
-__all__ = ["BatchNormRepair"]
+__all__ = [
+    "BatchNormRepair",
+    "RecoveryContext",
+    "gradual",
+    "recover_network",
+    "train_quantized",
+    "tune_codebooks",
+]

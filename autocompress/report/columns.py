@@ -21,7 +21,7 @@ __all__ = [
 
 _TEXTS = ("candidate", "role", "artifact", "plan_hash")
 _FLAGS = ("on_front", "trusted")
-_BYTES = ("file_bytes", "peak_memory_bytes")
+_BYTES = ("file_bytes", "download_bytes", "peak_memory_bytes")
 _FIX = "let `autocompress search` write the file; it is not meant to be edited"
 
 

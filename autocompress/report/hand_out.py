@@ -166,6 +166,7 @@ def _figures(row: dict[str, Any]) -> dict[str, Figure]:
         "latency_ms": "ms",
         "speedup": "times faster than the original network",
         "file_bytes": "B",
+        "download_bytes": "B in the coded container",
         "peak_memory_bytes": "B",
     }
     taken = {

@@ -65,12 +65,15 @@ _DROP: Final = _Column("drop\npoints", 7, lambda row, share: figures.points(row[
 _LATENCY: Final = _Column("latency", 10, lambda row, share: figures.milliseconds(row["latency_ms"]))
 _SPEEDUP: Final = _Column("speed-up", 19, _speedup, "left")
 _FILE: Final = _Column("file", 8, lambda row, share: figures.byte_size(row["file_bytes"]))
+_DOWNLOAD: Final = _Column(
+    "coded", 8, lambda row, share: figures.byte_size(row["download_bytes"])
+)
 _MEMORY: Final = _Column(
     "peak\nmemory", 8, lambda row, share: figures.byte_size(row["peak_memory_bytes"])
 )
 _ON_FRONT: Final = _Column("front", 5, _front_sign, "left")
 # What a narrow terminal does without, in this order.
-_EXPENDABLE: Final = (_MEMORY, _SEARCHED, _FILE, _ON_FRONT)
+_EXPENDABLE: Final = (_MEMORY, _DOWNLOAD, _SEARCHED, _FILE, _ON_FRONT)
 
 
 def front_table(
@@ -83,14 +86,15 @@ def front_table(
         device: where the figures were measured; goes into the title.
         everything: also show the points that are not on the front, and a column that says which.
         width: the most columns that the table takes; under 100, figures that do not fit are left
-            out: peak memory first, then the metric of the search split, then the file's size.
+            out: peak memory first, then the coded size, the metric of the search split and the
+            file's size.
     """
     front = typed_front(frame)
     on_front = int((front["on_front"] & ~front["role"].isin(REFERENCES)).sum())
     trials = int((~front["role"].isin(REFERENCES)).sum())
     told = front["on_front"] | front["role"].isin((*REFERENCES, "finalist"))
     shown = front if everything else front[told]
-    columns = [_CANDIDATE, _SEARCHED, _TESTED, _DROP, _LATENCY, _SPEEDUP, _FILE, _MEMORY]
+    columns = [_CANDIDATE, _SEARCHED, _TESTED, _DROP, _LATENCY, _SPEEDUP, _FILE, _DOWNLOAD, _MEMORY]
     if everything:
         columns.append(_ON_FRONT)
     title = f"Front of {on_front} out of {trials} candidates, measured on {device or 'this device'}"

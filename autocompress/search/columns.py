@@ -6,6 +6,6 @@ REFERENCES = (ORIGINAL, STOCK_INT8)
 ROLES = (*REFERENCES, "candidate", "finalist")
 COLUMNS = (
     "candidate", "role", "on_front", "metric_search", "metric_test", "drop_test_pp", "latency_ms",
-    "speedup", "speedup_low", "speedup_high", "file_bytes", "peak_memory_bytes", "trusted",
-    "artifact", "plan_hash",
+    "speedup", "speedup_low", "speedup_high", "file_bytes", "download_bytes", "peak_memory_bytes",
+    "trusted", "artifact", "plan_hash",
 )  # fmt: skip

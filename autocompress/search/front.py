@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ MAXIMISE: Mapping[Objective, bool] = {
     "metric": True,
     "latency": False,
     "file_bytes": False,
+    "download_bytes": False,
     "peak_memory": False,
 }
 
@@ -59,6 +61,7 @@ def objective_values(evaluation: Evaluation, objectives: Sequence[Objective]) ->
         "metric": evaluation.metric.value,
         "latency": 1.0 / evaluation.speedup.value,
         "file_bytes": float(evaluation.file_bytes),
+        "download_bytes": float(evaluation.download_bytes or math.inf),
         "peak_memory": float(evaluation.peak_memory_bytes),
     }
     return [values[name] for name in objectives]
@@ -126,6 +129,7 @@ def build_front(
                 "speedup_low": last.speedup.ci_low,
                 "speedup_high": last.speedup.ci_high,
                 "file_bytes": last.file_bytes,
+                "download_bytes": last.download_bytes,
                 "peak_memory_bytes": last.peak_memory_bytes,
                 "trusted": last.trusted,
                 "artifact": last.artifact,

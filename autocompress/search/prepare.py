@@ -13,6 +13,7 @@ import torch
 
 from autocompress.bank import Bank
 from autocompress.bank.store import make_key, network_hash, tensors_hash
+from autocompress.build import Stopwatch
 from autocompress.config import (
     Experiment,
     SearchSettings,
@@ -23,14 +24,14 @@ from autocompress.config import (
 )
 from autocompress.device import DeviceProfile, fingerprint, load_profile
 from autocompress.errors import ConfigError
-from autocompress.evaluate import Stopwatch
 from autocompress.export import Exporter
 from autocompress.graph import NetworkGraph, trace
 from autocompress.measure.runtime import runtime_for
+from autocompress.plan import Decision
 from autocompress.search.progress import Progress
 from autocompress.search.run_folder import Identity, RunFolder
 from autocompress.search.space import Space, build_space
-from autocompress.techniques.technique import GroupTechnique, LayerTechnique
+from autocompress.techniques import GroupTechnique, LayerTechnique, Stage, technique_of
 from autocompress.workload import Workload, check_workload, load_workload
 
 # On so many calibration samples PyTorch and ONNX are compared.
@@ -90,6 +91,7 @@ def prepare(path: Path, options: Options, progress: Progress) -> Prepared:
     progress.stage("trace network")
     graph = trace(workload.network, workload.example_inputs)
     space = build_space(graph, space_file, profile)
+    check_training_data(space, workload)
     progress.stage("export network")
     parity = tuple(x[:_PARITY_SAMPLES] for x in workload.calibration.inputs)
     exporter = Exporter(workload.network, graph, workload.example_inputs, parity)
@@ -107,6 +109,22 @@ def prepare(path: Path, options: Options, progress: Progress) -> Prepared:
     return Prepared(
         experiment, profile, workload, graph, exporter, space, identity, folder, seconds
     )
+
+
+def check_training_data(space: Space, workload: Workload) -> None:
+    """Check that there is a train split if the space offers to train.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    trained = [p for p in space.parameters if p.stage in (Stage.RECOVER, Stage.RETRAIN)]
+    if trained and workload.train is None:
+        names = sorted({d.technique for p in trained for d in p.decisions})
+        raise ConfigError(
+            "The search space offers to train, and the workload has no train split.",
+            given=", ".join(names),
+            advice="give Workload(train=Split(inputs, targets)); distillation needs no targets",
+        )
 
 
 def shuffle_calibration(workload: Workload) -> Workload:
@@ -174,12 +192,17 @@ def fill_bank(prepared: Prepared, progress: Progress) -> Bank:
     parameters = prepared.space.parameters
     progress.stage("fill bank", len(parameters))
     for parameter in parameters:
-        technique = parameter.technique
-        if isinstance(technique, GroupTechnique):
-            bank.order(prepared.graph.group(parameter.target), technique)
-        elif isinstance(technique, LayerTechnique):
-            problem = bank.problem(parameter.target)
-            for decision in parameter.decisions:
-                bank.solve(technique, decision, problem, "")
+        for decision in parameter.decisions:
+            _solve(bank, parameter.target, decision)
         progress.advance()
     return bank
+
+
+def _solve(bank: Bank, target: str, decision: Decision) -> None:
+    """Solve one decision for an unchanged target; what works on the whole network has no part."""
+    technique = technique_of(decision)
+    if isinstance(technique, GroupTechnique):
+        bank.order(bank.graph.group(target), technique, decision)
+    elif isinstance(technique, LayerTechnique) and not technique.folds_norm(decision):
+        problem = bank.problem(target, gradients=technique.uses_gradients(decision))
+        bank.solve(technique, decision, problem, "")

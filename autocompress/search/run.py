@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 from typing import final
 
+from autocompress.build import Artifact, Builder
 from autocompress.errors import DeviceError, ExportError, MeasurementError, SearchError
-from autocompress.evaluate import Artifact, Evaluation, Evaluator, SplitName
+from autocompress.evaluate import Evaluation, Evaluator, SplitName
 from autocompress.files import write_json
 from autocompress.plan import Plan
 from autocompress.search.budget import Budget
@@ -45,13 +46,17 @@ def run_search(path: Path, options: Options, progress: Progress | None = None) -
     budget = Budget(settings.trials, settings.time_s, prepared.folder.seconds_spent() + set_up_s)
     with prepared.folder.claim(prepared.identity):
         bank = fill_bank(prepared, progress)
-        with Evaluator(
+        builder = Builder(
             prepared.workload,
             prepared.exporter,
             bank,
             prepared.profile,
             prepared.experiment.calibration,
             prepared.folder.path,
+        )
+        coded = "download_bytes" in prepared.experiment.objectives
+        with Evaluator(
+            prepared.workload, builder, prepared.profile, prepared.folder.path, coded=coded
         ) as evaluator:
             return _Search(prepared, evaluator, budget, progress).run()
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from autocompress.plan import Decision
 from autocompress.search.space import Parameter, Space
-from autocompress.techniques.technique import GroupTechnique, Stage
+from autocompress.techniques import NETWORK
+from autocompress.techniques.technique import Stage
 
 Indices = dict[str, int]
 
@@ -15,41 +17,63 @@ _FEW_GROUPS = 12
 def uniform_seeds(space: Space) -> list[Indices]:
     """Parameter values of the starting plans, the most telling first; none twice.
 
-    With the strongest quantization: pruning and decomposition at every level all over the network,
-    pruning also of uncoupled groups only, which costs less accuracy for the same speed, and, where
-    there are few groups, of each group alone at its mildest. Without it: pruning at every level.
+    With the strongest quantization of the first technique that the space names: pruning,
+    decomposition and sparsity at every level all over the network, pruning also of uncoupled groups
+    only, which costs less accuracy for the same speed, and, where there are few groups, of each
+    group alone at its mildest. Without it: pruning at every level. Every other way to quantize, and
+    every choice for the network as a whole, alone.
     """
-    quantized = _at_level(_of_stage(space, Stage.QUANTIZE), 99)
+    quantized = _everywhere(_of_stage(space, Stage.QUANTIZE))
+    first = _strongest_of_first_technique(quantized)
     pruned = _of_stage(space, Stage.PRUNE)
-    inner = [p for p in pruned if isinstance(p.technique, GroupTechnique) and "+" not in p.target]
+    inner = [p for p in pruned if "+" not in p.target]
     alone = [{p.name: 1} for p in pruned] if len(pruned) <= _FEW_GROUPS else []
     shapes: list[Indices] = _interleave(
         list(_levels(inner)),
         list(_levels(pruned)),
         list(_levels(_of_stage(space, Stage.DECOMPOSE))),
+        list(_levels(_of_stage(space, Stage.SPARSIFY))),
         alone,
     )
-    if not quantized:
-        return _distinct(shapes)
-    return _distinct([{**shape, **quantized} for shape in ({}, *shapes)] + list(_levels(pruned)))
+    whole = [{p.name: i} for p in _network(space) for i in range(1, p.highest + 1)]
+    others = [indices for decision, indices in quantized.items() if indices != first]
+    if not first:
+        return _distinct([*shapes, *whole])
+    quantized_shapes = [{**shape, **first} for shape in ({}, *shapes)]
+    return _distinct([*quantized_shapes, *others, *_levels(pruned), *whole])
 
 
 def _of_stage(space: Space, stage: Stage) -> list[Parameter]:
-    return [p for p in space.parameters if p.technique.stage is stage]
+    return [p for p in space.parameters if p.stage is stage and p.target != NETWORK]
+
+
+def _network(space: Space) -> list[Parameter]:
+    # What trains or prepares does nothing useful alone.
+    return [p for p in space.parameters if p.target == NETWORK and p.stage is Stage.QUANTIZE]
+
+
+def _everywhere(parameters: Sequence[Parameter]) -> dict[Decision, Indices]:
+    """For every decision on offer: the values that take it wherever it may be taken."""
+    found: dict[Decision, Indices] = {}
+    for parameter in parameters:
+        for index, decision in enumerate(parameter.decisions, 1):
+            found.setdefault(decision, {})[parameter.name] = index
+    return found
+
+
+def _strongest_of_first_technique(found: dict[Decision, Indices]) -> Indices:
+    first = [d for d in found if d.technique == next(iter(found)).technique]
+    return found[first[-1]] if first else {}
 
 
 def _levels(parameters: Sequence[Parameter]) -> Iterator[Indices]:
     highest = max((p.highest for p in parameters), default=0)
     for level in range(1, highest + 1):
-        yield _at_level(parameters, level)
-
-
-def _at_level(parameters: Sequence[Parameter], level: int) -> Indices:
-    return {p.name: min(level, p.highest) for p in parameters}
+        yield {p.name: min(level, p.highest) for p in parameters}
 
 
 def _distinct(seeds: Sequence[Indices]) -> list[Indices]:
-    return [seed for i, seed in enumerate(seeds) if seed not in seeds[:i]]
+    return [seed for i, seed in enumerate(seeds) if seed and seed not in seeds[:i]]
 
 
 def _interleave(*lists: list[Indices]) -> list[Indices]:

@@ -1,4 +1,4 @@
-"""The search space of one network: a list of ordered choices, each for one target."""
+"""The search space of one network: a list of ordered choices, each for one target and stage."""
 
 from __future__ import annotations
 
@@ -13,22 +13,33 @@ from autocompress.device import DeviceProfile
 from autocompress.errors import ConfigError, PlanError
 from autocompress.graph import NetworkGraph
 from autocompress.plan import Decision, Plan, Step, make_decision
-from autocompress.techniques import GroupTechnique, Technique, technique_named
+from autocompress.techniques import (
+    GroupTechnique,
+    LayerTechnique,
+    Technique,
+    consistent,
+    technique_named,
+)
+from autocompress.techniques.technique import NETWORK, Stage
 
 
 @final
 @dataclass(frozen=True)
 class Parameter:
-    """One choice: what a technique does to one target, from nothing (0) to its strongest level."""
+    """One choice: what is done to one target at one stage, from nothing (0) to the last decision.
 
-    technique: Technique
+    Techniques of the same stage exclude each other for a target: their decisions stand one after
+    another, each technique's from the mildest to the strongest.
+    """
+
+    stage: Stage
     target: str
     decisions: tuple[Decision, ...]
 
     @property
     def name(self) -> str:
         """The parameter's name in the study."""
-        return f"{self.target}|{self.technique.name}"
+        return f"{self.target}|{self.stage.name.lower()}"
 
     @property
     def highest(self) -> int:
@@ -44,17 +55,21 @@ class Space:
     parameters: tuple[Parameter, ...]
 
     def plan(self, indices: Mapping[str, int]) -> Plan:
-        """The plan that parameter values stand for; a parameter that is not named is 0."""
+        """The plan that parameter values stand for; a parameter that is not named is 0.
+
+        Steps that would have nothing to work on, or that exclude each other, are left out (see
+        `techniques.consistent`): several values may stand for the same plan.
+        """
         steps = []
         for parameter in self.parameters:
             index = indices.get(parameter.name, 0)
             if index:
                 steps.append(Step(parameter.target, parameter.decisions[index - 1]))
-        return Plan(tuple(steps))
+        return consistent(Plan(tuple(steps)))
 
     @property
     def size(self) -> float:
-        """How many plans there are."""
+        """How many combinations of values there are."""
         total = 1.0
         for parameter in self.parameters:
             total *= parameter.highest + 1
@@ -68,28 +83,31 @@ def build_space(graph: NetworkGraph, space: SearchSpace, device: DeviceProfile) 
         ConfigError: an unknown technique, a value outside a technique's range, or nothing to
             choose from.
     """
-    parameters: list[Parameter] = []
+    found: dict[tuple[Stage, str], tuple[Decision, ...]] = {}
     for name, fields in space.techniques.items():
         technique = technique_named(name)
         offered = _offered(technique, fields, space.name)
-        if isinstance(technique, GroupTechnique):
-            for group in graph.groups:
-                if not _excluded(group.name, space.exclude):
-                    found = technique.choices(group, offered, device)
-                    parameters.append(Parameter(technique, group.name, found))
-        else:
-            for layer in graph.layers:
-                if not _excluded(layer.name, space.exclude):
-                    found = technique.choices(layer, offered, device)
-                    parameters.append(Parameter(technique, layer.name, found))
-    kept = tuple(p for p in parameters if p.decisions)
-    if not kept:
+        for target, decisions in _choices(technique, graph, offered, device).items():
+            if decisions and not _excluded(target, space.exclude):
+                key = (technique.stage, target)
+                found[key] = found.get(key, ()) + decisions
+    if not found:
         raise ConfigError(
             f"The search space '{space.name}' leaves nothing to choose for this network.",
             given=f"{len(graph.layers)} layers, techniques {', '.join(space.techniques)}",
             advice="name more techniques or values, or exclude fewer layers",
         )
-    return Space(kept)
+    return Space(tuple(Parameter(stage, target, d) for (stage, target), d in found.items()))
+
+
+def _choices(
+    technique: Technique, graph: NetworkGraph, offered: tuple[Decision, ...], device: DeviceProfile
+) -> dict[str, tuple[Decision, ...]]:
+    if isinstance(technique, GroupTechnique):
+        return {g.name: technique.choices(g, offered, device) for g in graph.groups}
+    if isinstance(technique, LayerTechnique):
+        return {x.name: technique.choices(x, offered, device) for x in graph.layers}
+    return {NETWORK: technique.choices(graph, offered, device)}
 
 
 def _offered(

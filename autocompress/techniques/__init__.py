@@ -6,15 +6,43 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autocompress.errors import ConfigError
-from autocompress.plan import Plan, plan_from_rows
+from autocompress.plan import Decision, Plan, plan_from_rows
+from autocompress.techniques.codebook import CODEBOOK
+from autocompress.techniques.codebook_tuning import TUNE_CODEBOOKS
+from autocompress.techniques.entropy_grid import ENTROPY_GRID
+from autocompress.techniques.equalize import EQUALIZE
 from autocompress.techniques.filter_prune import FILTER_PRUNE
+from autocompress.techniques.hash_code import HASH_CODE
 from autocompress.techniques.low_rank import LOW_RANK
 from autocompress.techniques.precision import PRECISION
-from autocompress.techniques.technique import GroupTechnique, LayerTechnique
+from autocompress.techniques.qat import QAT
+from autocompress.techniques.recovery import RECOVER
+from autocompress.techniques.stock import STOCK_QUANTIZER
+from autocompress.techniques.technique import (
+    NETWORK,
+    GroupTechnique,
+    LayerTechnique,
+    NetworkTechnique,
+    Stage,
+)
+from autocompress.techniques.weight_prune import WEIGHT_PRUNE
 
-Technique = GroupTechnique | LayerTechnique
+Technique = GroupTechnique | LayerTechnique | NetworkTechnique
 
-TECHNIQUES: tuple[Technique, ...] = (FILTER_PRUNE, LOW_RANK, PRECISION)
+TECHNIQUES: tuple[Technique, ...] = (
+    FILTER_PRUNE,
+    LOW_RANK,
+    WEIGHT_PRUNE,
+    RECOVER,
+    EQUALIZE,
+    PRECISION,
+    CODEBOOK,
+    HASH_CODE,
+    ENTROPY_GRID,
+    STOCK_QUANTIZER,
+    QAT,
+    TUNE_CODEBOOKS,
+)
 
 
 def technique_named(name: str) -> Technique:
@@ -33,6 +61,11 @@ def technique_named(name: str) -> Technique:
     )
 
 
+def technique_of(decision: Decision) -> Technique:
+    """The technique that a decision belongs to."""
+    return technique_named(decision.technique)
+
+
 def read_plan(rows: Sequence[Mapping[str, Any]]) -> Plan:
     """Read a plan back from the rows of its JSON.
 
@@ -42,4 +75,39 @@ def read_plan(rows: Sequence[Mapping[str, Any]]) -> Plan:
     return plan_from_rows([dict(row) for row in rows], [t.decision for t in TECHNIQUES])
 
 
-__all__ = ["TECHNIQUES", "GroupTechnique", "LayerTechnique", "Technique", "read_plan"]
+def consistent(plan: Plan) -> Plan:
+    """A plan without steps that another one makes void.
+
+    A quantizer of the whole network leaves nothing to quantize layer by layer, and training of
+    quantized weights needs layers of the kind that it trains.
+    """
+    stages = {
+        (technique_of(s.decision).stage, s.target == NETWORK, s.decision.technique)
+        for s in plan.steps
+    }
+    whole = any(stage is Stage.QUANTIZE and network for stage, network, _ in stages)
+    single = {name for stage, network, name in stages if stage is Stage.QUANTIZE and not network}
+
+    def stays(technique: Technique) -> bool:
+        if technique.stage is Stage.QUANTIZE and not isinstance(technique, NetworkTechnique):
+            return not whole
+        if technique.stage is Stage.RETRAIN and isinstance(technique, NetworkTechnique):
+            return not whole and bool(single & set(technique.trains))
+        return True
+
+    return Plan(tuple(s for s in plan.steps if stays(technique_of(s.decision))))
+
+
+__all__ = [
+    "NETWORK",
+    "TECHNIQUES",
+    "GroupTechnique",
+    "LayerTechnique",
+    "NetworkTechnique",
+    "Stage",
+    "Technique",
+    "consistent",
+    "read_plan",
+    "technique_named",
+    "technique_of",
+]

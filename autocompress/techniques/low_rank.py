@@ -1,9 +1,10 @@
-"""Data-aware SVD: one layer becomes two thinner ones."""
+"""Low-rank decomposition: one layer becomes two to four smaller ones, run one after another."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, cast, final
+from dataclasses import replace
+from typing import ClassVar, final
 
 import torch
 from pydantic import Field
@@ -13,114 +14,152 @@ from autocompress.device import DeviceProfile
 from autocompress.errors import PlanError
 from autocompress.graph import Layer
 from autocompress.plan import Decision
-from autocompress.techniques.reconstruction import damped_moment
+from autocompress.techniques.cp import cp_factors
+from autocompress.techniques.decomposed import (
+    Kind,
+    build_parts,
+    fits,
+    kept_rank,
+    parts_of,
+    ranks,
+    share_of_work,
+)
+from autocompress.techniques.factors import column_moment
+from autocompress.techniques.spatial_svd import spatial_factors
 from autocompress.techniques.technique import LayerProblem, LayerTechnique, Stage, Variant
+from autocompress.techniques.tucker import tucker_factors
+
+_MEAN = "mean"
 
 
 @final
 class LowRank(Decision):
-    """Keep this share of a layer's full rank."""
+    """Keep this share of a layer's full rank (see `decomposed.ranks`).
+
+    Attributes:
+        kind: `svd` of the unfolded weight; `spatial` (k x 1, then 1 x k), `tucker` (pointwise,
+            k x k on fewer channels, pointwise) and `cp` (pointwise, depthwise k x 1, depthwise
+            1 x k, pointwise) for convolutions with a kernel.
+        data_aware: whether the output error on calibration data is minimised, or the weight's.
+    """
 
     technique: ClassVar[str] = "low_rank"
     rank_ratio: float = Field(gt=0, le=1)
-
-
-def kept_rank(full: int, rank_ratio: float, multiple: int) -> int:
-    """The rank that a ratio stands for: the nearest multiple, at least one and at most the full."""
-    step = min(multiple, full)
-    return max(step, min(full, round(rank_ratio * full / step) * step))
+    kind: Kind = "svd"
+    data_aware: bool = True
 
 
 def _choices(
     layer: Layer, offered: Sequence[Decision], device: DeviceProfile
 ) -> tuple[Decision, ...]:
-    """Ranks that need fewer multiply-accumulates than the layer itself."""
-    full = min(layer.out_channels, layer.in_features)
-    seen = set[int]()
-    kept: list[Decision] = []
+    """Kinds and ranks that need fewer multiply-accumulates than the layer, the dearest first."""
+    seen = set[tuple[str, bool, tuple[int, ...]]]()
+    kept: list[tuple[float, Decision]] = []
     for decision in offered:
         assert isinstance(decision, LowRank)
-        rank = kept_rank(full, decision.rank_ratio, device.channel_multiple)
-        cheaper = rank * (layer.out_channels + layer.in_features) < (
-            layer.out_channels * layer.in_features
-        )
-        if layer.groups == 1 and cheaper and rank not in seen:
-            seen.add(rank)
-            kept.append(decision)
-    return tuple(kept)
+        if not fits(layer, decision.kind):
+            continue
+        found = ranks(layer, decision.kind, decision.rank_ratio, device.channel_multiple)
+        share = share_of_work(layer, parts_of(layer, decision.kind, found), layer.stride)
+        key = (decision.kind, decision.data_aware, found)
+        if share < 1 and key not in seen:
+            seen.add(key)
+            kept.append((share, decision))
+    return tuple(decision for _, decision in sorted(kept, key=lambda pair: -pair[0]))
+
+
+def _shares_solve(decision: Decision) -> bool:
+    """Only the SVD is nested: the others' parts are fitted to each other at each rank."""
+    assert isinstance(decision, LowRank)
+    return decision.kind == "svd"
 
 
 def _solve(problem: LayerProblem, decision: Decision) -> Variant:
-    """Factors of every rank from one decomposition: W L = U S Vᵀ with H = L Lᵀ.
-
-    The first r columns of `left` times the first r rows of `right` are the rank-r weight with the
-    least output error on the calibration data (Yuan et al. 2023, ASVD; Wang et al. 2024, SVD-LLM).
+    """The parts' weights, by their order, and the mean input.
 
     Raises:
-        PlanError: the layer is a grouped convolution.
+        PlanError: the layer cannot be decomposed so, or a CP fit is degenerate.
     """
-    if problem.layer.groups > 1:
+    assert isinstance(decision, LowRank)
+    layer, known = problem.layer, problem.statistics if decision.data_aware else None
+    _check(layer, decision.kind)
+    # Solvers fit to the moments of a problem's inputs, or without them to its weight alone.
+    problem = replace(problem, statistics=known)
+    kept = ranks(layer, decision.kind, decision.rank_ratio, problem.multiple)
+    parts: tuple[Tensor, ...]
+    if decision.kind == "spatial":
+        parts = spatial_factors(problem, kept[0])
+    elif decision.kind == "tucker":
+        parts = tucker_factors(problem, (kept[0], kept[1]))
+    elif decision.kind == "cp":
+        parts = cp_factors(problem, kept[0])
+    else:
+        parts = _svd_factors(problem)
+    mean = torch.zeros(layer.in_features) if known is None else known.mean.float()
+    return {**{str(i): part for i, part in enumerate(parts)}, _MEAN: mean}
+
+
+def _check(layer: Layer, kind: Kind) -> None:
+    if layer.groups > 1:
         raise PlanError(
             "A grouped convolution cannot be decomposed.",
-            given=f"{problem.layer.name} with {problem.layer.groups} groups",
+            given=f"{layer.name} with {layer.groups} groups",
             allowed="linear layers, and convolutions of one group",
         )
+    if not fits(layer, kind):
+        raise PlanError(
+            f"A layer cannot be decomposed by kind {kind}.",
+            given=f"{layer.name}, kernel {layer.kernel_size or 'none'}",
+            allowed="spatial: both dimensions of a 2-d kernel above 1; tucker and cp: one of them",
+            advice="take kind svd, which suits every layer",
+        )
+
+
+def _svd_factors(problem: LayerProblem) -> tuple[Tensor, Tensor]:
+    """Factors of every rank from one decomposition: W L = U S Vᵀ with H = L Lᵀ.
+
+    The first r columns of `U √S` times the first r rows of `√S Vᵀ L⁻¹` are the rank-r weight with
+    the least output error on the calibration data (Yuan et al. 2023, ASVD; Wang et al. 2024,
+    SVD-LLM, theorem 3.2).
+
+    Returns:
+        Shapes (rank, c, *kernel) and (out, rank, 1...), float32.
+    """
     weight = problem.weight.double()
-    if problem.statistics is None:
-        root = torch.eye(weight.shape[1], dtype=torch.float64)
-        mean = torch.zeros(weight.shape[1], dtype=torch.float64)
-    else:
-        root = torch.linalg.cholesky(damped_moment(problem.statistics, problem.free_bias))
-        mean = problem.statistics.mean
+    root = torch.linalg.cholesky(column_moment(problem))
     u, s, vt = torch.linalg.svd(weight @ root, full_matrices=False)
     split = s.sqrt()
     right = torch.linalg.solve_triangular(root, split[:, None] * vt, upper=False, left=False)
-    return {
-        "left": (u * split).float().contiguous(),
-        "right": right.float().contiguous(),
-        "mean": mean.float(),
-    }
+    kernel = problem.layer.kernel_size
+    first = right.reshape(len(right), problem.layer.in_channels, *kernel)
+    second = (u * split).reshape(len(u), -1, *(1 for _ in kernel))
+    return first.float().contiguous(), second.float().contiguous()
 
 
 def _install(module: nn.Module, variant: Variant, decision: Decision, multiple: int) -> nn.Module:
-    """Two layers in sequence: the first keeps kernel and stride, the second is pointwise."""
     assert isinstance(decision, LowRank)
-    left, right = variant["left"], variant["right"]
-    rank = kept_rank(left.shape[1], decision.rank_ratio, multiple)
-    weight = cast(Tensor, module.weight).detach()
-    bias = cast("Tensor | None", module.bias)
-    left, right = left[:, :rank], right[:rank]
-    first: Any
-    second: Any
-    if isinstance(module, nn.Linear):
-        first = nn.Linear(module.in_features, rank, bias=False)
-        second = nn.Linear(rank, module.out_features, bias=bias is not None)
-        second_shape: tuple[int, ...] = left.shape
-    else:
-        conv = cast(nn.Conv2d, module)
-        kind: Any = type(conv)
-        first = kind(
-            conv.in_channels, rank, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-            bias=False, padding_mode=conv.padding_mode,
-        )  # fmt: skip
-        second = kind(rank, conv.out_channels, 1, bias=bias is not None)
-        second_shape = (*left.shape, *(1 for _ in conv.kernel_size))
-    with torch.no_grad():
-        first.weight.copy_(right.reshape(rank, *weight.shape[1:]))
-        second.weight.copy_(left.reshape(second_shape))
-        if bias is not None:
-            # What the cut ranks contributed on average goes into the bias.
-            lost = weight.reshape(weight.shape[0], -1) - left @ right
-            second.bias.copy_(bias + lost @ variant["mean"])
-    return nn.Sequential(first, second).train(module.training)
+    parts = [variant[str(i)] for i in range(len(variant) - 1)]
+    if decision.kind == "svd":
+        rank = kept_rank(len(parts[0]), decision.rank_ratio, multiple)
+        parts = [parts[0][:rank], parts[1][:, :rank]]
+    return build_parts(module, parts, variant[_MEAN])
+
+
+def _stored_bytes(layer: Layer, decision: Decision, multiple: int) -> int:
+    assert isinstance(decision, LowRank)
+    kept = ranks(layer, decision.kind, decision.rank_ratio, multiple)
+    return 4 * sum(part.weights for part in parts_of(layer, decision.kind, kept))
 
 
 LOW_RANK = LayerTechnique(
     name=LowRank.technique,
     decision=LowRank,
     stage=Stage.DECOMPOSE,
+    identity=LowRank(rank_ratio=1),
     levels=("rank_ratio",),
     choices=_choices,
     solve=_solve,
     install=_install,
+    stored_bytes=_stored_bytes,
+    shares_solve=_shares_solve,
 )

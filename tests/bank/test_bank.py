@@ -17,14 +17,22 @@ from autocompress.bank.store import VariantStore, network_hash, tensors_hash
 from autocompress.config import CalibrationSettings
 from autocompress.plan import Decision
 from autocompress.techniques import TECHNIQUES, GroupTechnique, LayerTechnique
+from autocompress.techniques.codebook import CODEBOOK, Codebook
+from autocompress.techniques.entropy_grid import ENTROPY_GRID, EntropyGrid
 from autocompress.techniques.filter_prune import FILTER_PRUNE
+from autocompress.techniques.hash_code import HASH_CODE, HashCode
 from autocompress.techniques.low_rank import LOW_RANK, LowRank
 from autocompress.techniques.precision import PRECISION, Precision
 from autocompress.techniques.technique import LayerProblem, Variant
+from autocompress.techniques.weight_prune import WEIGHT_PRUNE, WeightPrune
 
 DECISIONS: dict[str, Decision] = {
     LOW_RANK.name: LowRank(rank_ratio=0.5),
     PRECISION.name: Precision(weight_bits=8, activation_bits=8),
+    WEIGHT_PRUNE.name: WeightPrune(sparsity=0.5),
+    CODEBOOK.name: Codebook(code_bits=3),
+    HASH_CODE.name: HashCode(hash_bits=3),
+    ENTROPY_GRID.name: EntropyGrid(step=1),
 }
 NAME = "residual"
 LAYER = "block1.conv1"
@@ -53,7 +61,9 @@ def counted(technique: LayerTechnique) -> tuple[LayerTechnique, list[str]]:
 
 
 def solve(bank: Bank, technique: LayerTechnique, name: str = LAYER) -> Variant:
-    return bank.solve(technique, DECISIONS[technique.name], bank.problem(name), "")
+    decision = DECISIONS[technique.name]
+    problem = bank.problem(name, gradients=technique.uses_gradients(decision))
+    return bank.solve(technique, decision, problem, "")
 
 
 def assert_same(one: Variant, other: Variant) -> None:
@@ -75,8 +85,10 @@ def test_variants_come_back_bit_for_bit(technique: LayerTechnique, tmp_path: Pat
 )
 def test_orders_come_back(technique: GroupTechnique, tmp_path: Path) -> None:
     group = graph_of(NAME).group("stem+1")
-    order = new_bank(NAME, tmp_path).order(group, technique)
-    again = new_bank(NAME, tmp_path).order(group, replace(technique, order=refuse))
+    order = new_bank(NAME, tmp_path).order(group, technique, technique.identity)
+    again = new_bank(NAME, tmp_path).order(
+        group, replace(technique, order=refuse), technique.identity
+    )
     assert torch.equal(order, again) and order.dtype == torch.int64
 
 
@@ -113,7 +125,7 @@ def test_the_same_is_solved_once(tmp_path: Path) -> None:
 def test_damaged_files_are_solved_again(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     group = graph_of(NAME).group("stem+1")
     bank = new_bank(NAME, tmp_path)
-    variant, order = solve(bank, LOW_RANK), bank.order(group, FILTER_PRUNE)
+    variant, order = solve(bank, LOW_RANK), bank.order(group, FILTER_PRUNE, FILTER_PRUNE.identity)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == 3  # with the statistics
     for path in files:
@@ -121,7 +133,7 @@ def test_damaged_files_are_solved_again(damage: Callable[[bytes], bytes], tmp_pa
     technique, calls = counted(LOW_RANK)
     again = new_bank(NAME, tmp_path)
     assert_same(variant, solve(again, technique))
-    assert torch.equal(order, again.order(group, FILTER_PRUNE))
+    assert torch.equal(order, again.order(group, FILTER_PRUNE, FILTER_PRUNE.identity))
     assert calls == [LAYER]
     healed = new_bank(NAME, tmp_path)
     assert_same(variant, solve(healed, unsolvable(LOW_RANK)))

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import bank_of, graph_of, make_case
+from networks import assemble, bank_of, graph_of, make_case
 from torch import Tensor, nn
 
-from autocompress.bank import Bank, stitch
+from autocompress.bank import Bank
 from autocompress.bank.statistics import collect_statistics, unfold_inputs
 from autocompress.config import CalibrationSettings
 from autocompress.graph import trace
@@ -160,5 +160,5 @@ def test_small_variances_around_large_means_are_kept(offset: float, tmp_path: Pa
     found = statistics.moment - torch.outer(statistics.mean, statistics.mean)
     torch.testing.assert_close(found, centred.T @ centred / 128, rtol=1e-3, atol=1e-4)
     steps = (Step("0", LowRank(rank_ratio=0.5)), Step("0", FilterPrune(pruning_ratio=0.5)))
-    outputs = stitch(bank, Plan(steps)).network(x)
+    outputs = assemble(bank, Plan(steps)).network(x)
     assert bool(outputs.isfinite().all())

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import NAMES, SAMPLES, bank_of, graph_of, make_case, new_bank, run
+from networks import NAMES, SAMPLES, assemble, bank_of, graph_of, make_case, new_bank, run
 from torch import Tensor, nn
 
-from autocompress.bank import stitch
 from autocompress.bank.statistics import unfold_inputs
 from autocompress.errors import PlanError
 from autocompress.graph.groups import remove_channels
@@ -39,7 +38,7 @@ def prune(**ratios: float) -> Plan:
 
 def kept_channels(network: str, group: str, kept: int) -> list[int]:
     found = graph_of(network).group(group)
-    order = bank_of(network).order(found, FILTER_PRUNE).tolist()
+    order = bank_of(network).order(found, FILTER_PRUNE, FILTER_PRUNE.identity).tolist()
     return sorted(order[found.size - kept :])
 
 
@@ -77,7 +76,7 @@ def test_a_stitched_network_is_the_pruned_one_with_its_readers_refitted(
             features, weight.reshape(8, -1, 3, 3), network.join.bias + shift, padding=1
         )
         expected = network.head(F.relu(joined).mean((2, 3)))
-    stitched = stitch(bank_of("concat"), prune(**pruned)).network
+    stitched = assemble(bank_of("concat"), prune(**pruned)).network
     assert stitched.left.out_channels == len(left) and stitched.right.out_channels == len(right)
     torch.testing.assert_close(stitched(x).detach(), expected, rtol=1e-3, atol=1e-4)
 
@@ -92,13 +91,13 @@ def test_a_flattened_group_is_refitted_by_hand() -> None:
         weight, shift = refit_by_hand(network.hidden, features.flatten(1), columns)
         hidden = F.linear(features[:, keep].flatten(1), weight, network.hidden.bias + shift)
         expected = network.head(F.relu(hidden))
-    stitched = stitch(bank_of("flatten"), prune(conv=0.5)).network
+    stitched = assemble(bank_of("flatten"), prune(conv=0.5)).network
     torch.testing.assert_close(stitched(x).detach(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_reader_that_loses_its_own_outputs_keeps_the_right_rows() -> None:
-    stitched = stitch(bank_of("flatten"), prune(conv=0.5, hidden=0.5)).network
-    alone = stitch(bank_of("flatten"), prune(conv=0.5)).network
+    stitched = assemble(bank_of("flatten"), prune(conv=0.5, hidden=0.5)).network
+    alone = assemble(bank_of("flatten"), prune(conv=0.5)).network
     rows = kept_channels("flatten", "hidden", 8)
     assert torch.equal(stitched.hidden.weight, alone.hidden.weight[rows])
     assert torch.equal(stitched.hidden.bias, alone.hidden.bias[rows])
@@ -116,8 +115,14 @@ def test_the_refit_lessens_the_harm_of_pruning(name: str) -> None:
     original = run(case.network, case.inputs)
     harm = {"refit": 0.0, "plain": 0.0}
     for group in (g for g in graph_of(name).groups if g.prunable):
-        stitched = stitch(bank_of(name), Plan((Step(group.name, FilterPrune(pruning_ratio=0.5)),)))
-        gone = bank_of(name).order(group, FILTER_PRUNE)[: group.size // 2].tolist()
+        stitched = assemble(
+            bank_of(name), Plan((Step(group.name, FilterPrune(pruning_ratio=0.5)),))
+        )
+        gone = (
+            bank_of(name)
+            .order(group, FILTER_PRUNE, FILTER_PRUNE.identity)[: group.size // 2]
+            .tolist()
+        )
         plain = copy.deepcopy(case.network)
         remove_channels(plain, [(group, gone)])
         for kind, network in (("refit", stitched.network), ("plain", plain)):
@@ -132,14 +137,14 @@ def test_a_ratio_of_zero_changes_nothing(name: str) -> None:
     case = make_case(name)
     groups = [g for g in graph_of(name).groups if g.prunable]
     nothing = Plan(tuple(Step(g.name, FilterPrune(pruning_ratio=0)) for g in groups))
-    found = run(stitch(bank_of(name), nothing).network, case.inputs)
+    found = run(assemble(bank_of(name), nothing).network, case.inputs)
     assert all(
         torch.equal(a, b) for a, b in zip(found, run(case.network, case.inputs), strict=True)
     )
 
 
 def test_norms_tell_which_channels_they_kept() -> None:
-    stitched = stitch(bank_of("residual"), prune(**{"stem+1": 0.5, "block2.conv1": 0.25}))
+    stitched = assemble(bank_of("residual"), prune(**{"stem+1": 0.5, "block2.conv1": 0.25}))
     stem, inner = (
         kept_channels("residual", "stem+1", 4),
         kept_channels("residual", "block2.conv1", 9),
@@ -155,7 +160,7 @@ def test_norms_tell_which_channels_they_kept() -> None:
 
 
 def test_a_depthwise_convolution_keeps_the_filters_of_its_channels() -> None:
-    stitched = stitch(bank_of("depthwise"), prune(expand=0.5)).network
+    stitched = assemble(bank_of("depthwise"), prune(expand=0.5)).network
     keep = kept_channels("depthwise", "expand", 6)
     original = make_case("depthwise").network
     assert stitched.depthwise.groups == 6
@@ -176,7 +181,7 @@ def test_channel_counts_are_multiples_that_the_device_rewards(tmp_path) -> None:
         Step("block2.conv1", FilterPrune(pruning_ratio=0.25)),
         Step("block2.conv2", LowRank(rank_ratio=0.6)),
     )
-    network = stitch(bank, Plan(steps)).network
+    network = assemble(bank, Plan(steps)).network
     assert network.stem.out_channels == 4
     assert network.block2.conv1.out_channels == 8
     assert network.block2.conv2[0].out_channels == 8
@@ -187,18 +192,18 @@ def test_decomposing_a_pruned_layer_uses_its_pruned_inputs() -> None:
     case = make_case("residual")
     pruned = prune(**{"stem+1": 0.5, "block1.conv1": 0.25})
     full = Plan((*pruned.steps, Step("block1.conv1", LowRank(rank_ratio=1))))
-    one, other = (stitch(bank_of("residual"), p).network for p in (pruned, full))
+    one, other = (assemble(bank_of("residual"), p).network for p in (pruned, full))
     assert isinstance(other.block1.conv1, nn.Sequential)
     torch.testing.assert_close(one(*case.inputs), other(*case.inputs), rtol=1e-3, atol=1e-3)
 
 
 def test_both_parts_of_a_decomposed_layer_are_rounded() -> None:
     steps = (LowRank(rank_ratio=0.5), Precision(weight_bits=8, activation_bits=8))
-    network = stitch(bank_of("residual"), plan(block1__conv1=steps)).network
+    network = assemble(bank_of("residual"), plan(block1__conv1=steps)).network
     for part in network.block1.conv1:
-        codes = part.weight.detach().flatten(1) / part.weight_scale[:, None]
+        codes = part.weight.detach().flatten(1) / part.weight_scale
         torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-3)
-    alone = stitch(bank_of("residual"), plan(block1__conv1=steps[:1])).network
+    alone = assemble(bank_of("residual"), plan(block1__conv1=steps[:1])).network
     for rounded, exact in zip(network.block1.conv1, alone.block1.conv1, strict=True):
         step = rounded.weight_scale.reshape(-1, 1, 1, 1)
         assert bool(((rounded.weight - exact.weight).abs() <= 27 * step).all())
@@ -216,7 +221,7 @@ def test_both_parts_of_a_decomposed_layer_are_rounded() -> None:
 )
 def test_a_plan_for_another_network_is_refused(bad: Plan, given: str, allowed: str) -> None:
     with pytest.raises(PlanError) as caught:
-        stitch(bank_of("residual"), bad)
+        assemble(bank_of("residual"), bad)
     assert given in str(caught.value.given)
     assert allowed in str(caught.value.allowed)
 
@@ -227,5 +232,6 @@ def test_the_order_of_the_steps_does_not_matter() -> None:
         Step("block1.conv1", LowRank(rank_ratio=0.5)),
         Step("block1.conv1", Precision(weight_bits=8, activation_bits=8)),
     ]
-    one, other = (stitch(bank_of("residual"), Plan(tuple(s))).network for s in (steps, steps[::-1]))
+    bank = bank_of("residual")
+    one, other = (assemble(bank, Plan(tuple(s))).network for s in (steps, steps[::-1]))
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in one.state_dict().items())

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from networks import bank_of, graph_of, make_case, make_device
+from networks import assemble, bank_of, graph_of, make_case, make_device
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from autocompress.bank import stitch
 from autocompress.plan import Decision, Plan, Step
+from autocompress.techniques.decomposed import Kind
 from autocompress.techniques.filter_prune import FilterPrune
 from autocompress.techniques.low_rank import LOW_RANK, LowRank
 from autocompress.techniques.precision import Precision
@@ -27,8 +27,8 @@ def all_pruned(name: str, ratio: float = 0.4) -> tuple[Step, ...]:
     return tuple(Step(g.name, FilterPrune(pruning_ratio=ratio)) for g in groups)
 
 
-def all_decomposed(name: str, ratio: float = 0.4) -> tuple[Step, ...]:
-    decision = LowRank(rank_ratio=ratio)
+def all_decomposed(name: str, ratio: float = 0.4, kind: Kind = "svd") -> tuple[Step, ...]:
+    decision = LowRank(rank_ratio=ratio, kind=kind)
     layers = graph_of(name).layers
     return tuple(
         Step(x.name, decision) for x in layers if LOW_RANK.choices(x, [decision], make_device())
@@ -40,7 +40,7 @@ def all_int8(name: str, *without: str) -> tuple[Step, ...]:
 
 
 def candidate(name: str, *steps: Step) -> nn.Module:
-    return stitch(bank_of(name), Plan(steps)).network
+    return assemble(bank_of(name), Plan(steps)).network
 
 
 def one(target: str, decision: Decision) -> Step:

@@ -88,7 +88,12 @@ def test_a_flatten_gives_every_channel_its_block_of_columns() -> None:
 def test_groups_at_the_output_are_not_prunable_and_say_why(name: str) -> None:
     graph = graph_of(name)
     at_the_output = {"two_outputs": {"classes", "boxes"}}.get(name, {"head"})
-    refused = {g.name: g.reason for g in graph.groups if not g.prunable}
+    inside_heads = {"attention": {"attention.query+2"}, "fused_attention": {"attention.qkv"}}
+    refused = {
+        g.name: g.reason
+        for g in graph.groups
+        if not g.prunable and g.name not in inside_heads.get(name, ())
+    }
     assert set(refused) == at_the_output
     assert all("output" in reason for reason in refused.values())
 
@@ -109,14 +114,19 @@ def test_the_network_runs_without_channels_of_every_prunable_group(name: str) ->
     }
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "tokens"])
+def has_layer_norm(network: nn.Module, group: ChannelGroup) -> bool:
+    return any(isinstance(network.get_submodule(m.module), nn.LayerNorm) for m in group.members)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_removing_channels_equals_zeroing_what_reads_them(name: str) -> None:
     """With the readers' columns at zero, taking the channels out changes nothing.
 
     Not so after a layer norm, whose output depends on how many channels there are.
     """
     case = make_case(name)
-    for group in (g for g in graph_of(case.name).groups if g.prunable):
+    groups = [g for g in graph_of(case.name).groups if g.prunable]
+    for group in (g for g in groups if not has_layer_norm(case.network, g)):
         gone = [1, group.size - 1]
         zeroed = copy.deepcopy(case.network)
         for member in dense_consumers(zeroed, group):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import SAMPLES, bank_of, enliven, graph_of, make_case, run
+from networks import SAMPLES, assemble, bank_of, enliven, graph_of, make_case, run
 from torch import Tensor, nn
 
-from autocompress.bank import Bank, stitch
+from autocompress.bank import Bank
 from autocompress.config import CalibrationSettings
 from autocompress.graph import trace
 from autocompress.plan import Plan, Step
@@ -61,7 +61,7 @@ def pruned(name: str, ratio: float = 0.5, bank: Bank | None = None):
     graph = graph_of(name) if bank is None else bank.graph
     groups = [g for g in graph.groups if g.prunable]
     steps = tuple(Step(g.name, FilterPrune(pruning_ratio=ratio)) for g in groups)
-    return stitch(bank or bank_of(name), Plan(steps))
+    return assemble(bank or bank_of(name), Plan(steps))
 
 
 @pytest.mark.parametrize("samples", [8, 33, SAMPLES])
@@ -88,7 +88,7 @@ def test_with_all_the_samples_it_is_a_plain_estimate_of_the_changed_network(name
 def test_a_decomposed_network_is_repaired_too() -> None:
     case = make_case("residual")
     plan = Plan((Step("block1.conv1", LowRank(rank_ratio=0.3)),))
-    stitched = stitch(bank_of("residual"), plan)
+    stitched = assemble(bank_of("residual"), plan)
     expected = plain_estimate(stitched.network, case.inputs)
     BatchNormRepair(case.network, case.inputs, SAMPLES)(stitched.network, stitched.kept_channels)
     assert_close(statistics_of(stitched.network), expected)

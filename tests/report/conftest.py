@@ -31,7 +31,7 @@ def row(candidate: str, role: str = "candidate", **changed: Any) -> dict[str, An
         "candidate": candidate, "role": role, "on_front": True, "metric_search": 0.92,
         "metric_test": NAN, "drop_test_pp": NAN, "latency_ms": 0.4, "speedup": 2.0,
         "speedup_low": 1.98, "speedup_high": 2.02, "file_bytes": 400_000,
-        "peak_memory_bytes": 31_000_000, "trusted": True,
+        "download_bytes": 250_000, "peak_memory_bytes": 31_000_000, "trusted": True,
         "artifact": f"artifacts/{candidate}.onnx", "plan_hash": f"hash{candidate}",
     }  # fmt: skip
     assert set(changed) <= set(COLUMNS)

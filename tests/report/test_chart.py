@@ -57,8 +57,8 @@ def test_references_are_always_inside(
                 "candidate": str(index), "role": role, "on_front": index % 2 == 0,
                 "metric_search": metric, "metric_test": np.nan, "drop_test_pp": np.nan,
                 "latency_ms": latency, "speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0,
-                "file_bytes": 1, "peak_memory_bytes": 1, "trusted": True, "artifact": "",
-                "plan_hash": "",
+                "file_bytes": 1, "download_bytes": 1, "peak_memory_bytes": 1, "trusted": True,
+                "artifact": "", "plan_hash": "",
             }
         )  # fmt: skip
     plot = "\n".join(body(pd.DataFrame(rows), width, height))

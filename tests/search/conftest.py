@@ -32,6 +32,7 @@ def make_evaluation() -> Callable[..., Evaluation]:
             latency=_measured(1.0 / speedup, unit="ms"),
             speedup=_measured(speedup, 0.01 * speedup),
             file_bytes=file_bytes,
+            download_bytes=900,
             peak_memory_bytes=5000,
             artifact=f"artifacts/{candidate}.onnx",
         )

@@ -28,7 +28,7 @@ def space_of(graph, techniques, exclude=()):
 
 
 def test_shipped_spaces_all_build(graph):
-    for name in ("cnn", "prune_only", "quantize_only"):
+    for name in ("cnn", "cnn_trained", "download", "low_bits", "prune_only", "quantize_only"):
         assert build_space(graph, load_search_space(name), load_profile("cpu")).parameters
 
 
@@ -37,7 +37,7 @@ def test_parameters_are_ordered_from_nothing_to_strongest(graph):
     assert [p.target for p in space.parameters] == ["0", "3"]
     assert space.size == 16
     assert space.plan({}).steps == ()
-    plan = space.plan({"0|filter_prune": 1, "3|filter_prune": 3})
+    plan = space.plan({"0|prune": 1, "3|prune": 3})
     assert [(s.target, s.decision.pruning_ratio) for s in plan.steps] == [("0", 0.25), ("3", 0.75)]
 
 

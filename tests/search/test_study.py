@@ -16,7 +16,7 @@ OBJECTIVES = ("metric", "latency")
 
 def space_of(targets: int, levels: int) -> Space:
     decisions = tuple(FilterPrune(pruning_ratio=(i + 1) / (levels + 2)) for i in range(levels))
-    return Space(tuple(Parameter(FILTER_PRUNE, f"layer{t}", decisions) for t in range(targets)))
+    return Space(tuple(Parameter(Stage.PRUNE, f"layer{t}", decisions) for t in range(targets)))
 
 
 SPACE = space_of(4, 3)
@@ -108,7 +108,7 @@ def test_failures_count_and_are_not_tried_again(tmp_path, make_evaluation):
 
 
 def test_seeds_come_first_and_once(tmp_path, make_evaluation):
-    seeds = [{"layer0|filter_prune": 1}, {"layer1|filter_prune": 2}]
+    seeds = [{"layer0|prune": 1}, {"layer1|prune": 2}]
     study = open_study(tmp_path)
     study.enqueue(seeds)
     study.enqueue(seeds)

@@ -16,7 +16,7 @@ Matrix = NDArray[np.float64]
 
 def statistics_of(rows: Tensor) -> LayerStatistics:
     x = rows.double()
-    return LayerStatistics(x.T @ x / len(x), x.mean(0))
+    return LayerStatistics(x.T @ x / len(x), x.mean(0), x.abs().mean(0), (x == 0).double().mean(0))
 
 
 def problem_of(

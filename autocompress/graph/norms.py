@@ -20,14 +20,21 @@ def fold_batch_norms(network: nn.Module, norms: Mapping[str, str]) -> nn.Module:
         norms: for a layer's name the name of the batch norm that alone reads it.
     """
     folded = copy.deepcopy(network).eval()
-    for layer_name, norm_name in norms.items():
-        layer: nn.Module = folded.get_submodule(layer_name)
-        norm = folded.get_submodule(norm_name)
-        if isinstance(layer, nn.Sequential):
-            layer = layer[-1]
-        _fold(layer, cast(nn.BatchNorm2d, norm))
-        folded.set_submodule(norm_name, nn.Identity())
+    for name in norms:
+        fold_batch_norm(folded, norms, name)
     return folded
+
+
+def fold_batch_norm(network: nn.Module, norms: Mapping[str, str], layer_name: str) -> None:
+    """Make a layer's batch norm part of it, in place; nothing if it has none (any more)."""
+    norm = network.get_submodule(norms[layer_name]) if layer_name in norms else nn.Identity()
+    if isinstance(norm, nn.Identity):
+        return
+    layer: nn.Module = network.get_submodule(layer_name)
+    if isinstance(layer, nn.Sequential):
+        layer = layer[-1]
+    _fold(layer, cast(nn.BatchNorm2d, norm))
+    network.set_submodule(norms[layer_name], nn.Identity())
 
 
 def _fold(layer: nn.Module, norm: nn.BatchNorm2d) -> None:
@@ -48,4 +55,7 @@ def _fold(layer: nn.Module, norm: nn.BatchNorm2d) -> None:
         layer.bias = nn.Parameter(shift.float())
         scale = getattr(layer, "weight_scale", None)
         if isinstance(scale, Tensor):
-            scale.copy_(scale.double() * factor.abs())
+            # Integers change their sign with the factor; codewords cannot.
+            signed = hasattr(layer, "codebook_weight")
+            rows = (factor if signed else factor.abs()).reshape(-1, 1)
+            scale.copy_(scale.double() * rows)

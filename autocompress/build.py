@@ -1,0 +1,278 @@
+"""From a plan to the file that ships: stitch, recover, quantize, export, code."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import onnx
+from safetensors.torch import load_file, save
+from torch import nn
+
+from autocompress.bank import Bank, Stitched, apply_stage, stitch
+from autocompress.config import CalibrationSettings
+from autocompress.device import DeviceProfile
+from autocompress.errors import PlanError
+from autocompress.export import Exporter, FloatModel, StockOptions, quantize, stock_quantize
+from autocompress.export.coding import CODED_SUFFIX, encode_file
+from autocompress.files import write_whole
+from autocompress.plan import Plan, Step
+from autocompress.recover import (
+    BatchNormRepair,
+    RecoveryContext,
+    gradual,
+    recover_network,
+    train_quantized,
+    tune_codebooks,
+)
+from autocompress.techniques import Stage, consistent, technique_of
+from autocompress.techniques.codebook_tuning import TuneCodebooks
+from autocompress.techniques.equalize import Equalize, equalize
+from autocompress.techniques.qat import Qat
+from autocompress.techniques.recovery import Recover
+from autocompress.techniques.stock import StockQuantizer
+from autocompress.techniques.weight_prune import WeightPrune, eased
+from autocompress.workload import Split, Workload
+
+_RANGE_SAMPLES = 64
+_STOCK_SAMPLES = 256
+
+
+@final
+@dataclass(frozen=True)
+class Artifact:
+    """A candidate's file, with what was noticed while it was made."""
+
+    path: Path
+    details: Mapping[str, Any]
+    seconds: Mapping[str, float]
+
+
+@final
+class Builder:
+    """Makes the files of one workload's candidates.
+
+    Args:
+        workload: checked; its network is in evaluation mode.
+        exporter: of the workload's network.
+        bank: calibrated.
+        profile: the device.
+        settings: how many calibration samples each step reads.
+        folder: `artifacts/` gets the files, `recovered/` trained networks and checkpoints.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        exporter: Exporter,
+        bank: Bank,
+        profile: DeviceProfile,
+        settings: CalibrationSettings,
+        folder: Path,
+    ) -> None:
+        self._workload = workload
+        self._exporter = exporter
+        self._bank = bank
+        self._profile = profile
+        self._calibration = workload.calibration.inputs
+        self._repair = BatchNormRepair(bank.network, self._calibration, settings.repair_samples)
+        self._artifacts = folder / "artifacts"
+        self._recovered = folder / "recovered"
+        self._artifacts.mkdir(parents=True, exist_ok=True)
+
+    def path(self, name: str) -> Path:
+        """Where a candidate's file is."""
+        return self._artifacts / f"{name}.onnx"
+
+    def build(self, name: str, plan: Plan) -> Artifact:
+        """Make a candidate's file.
+
+        Raises:
+            PlanError: the plan does not fit the network.
+            ExportError: the file is invalid or does not compute what the network computes.
+        """
+        if consistent(plan) != plan:
+            raise PlanError(
+                "A plan has steps that another one makes void.",
+                given=[s for s in plan.to_rows() if s not in consistent(plan).to_rows()],
+                advice="quantize either the whole network or single layers; train what there is",
+            )
+        clock = Stopwatch()
+        network = self.network(plan, clock)
+        with clock.step("export"):
+            floating = self._exporter.export(network)
+        with clock.step("quantize"):
+            model, labels = self._quantized(floating, plan)
+        with clock.step("write"):
+            write_whole(self.path(name), model.SerializeToString())
+        details = {
+            "parity": floating.parity,
+            "layers": dict(labels),
+            "exported_afresh": floating.fresh,
+            "parameters": sum(p.numel() for p in network.parameters()),
+        }
+        return Artifact(self.path(name), details, clock.seconds)
+
+    def build_stock(self, name: str, original: Path) -> Artifact:
+        """The stock tool's int8 file of the original network, made from its file.
+
+        Raises:
+            ExportError: the stock tool fails on this network.
+        """
+        clock = Stopwatch()
+        with clock.step("build"):
+            self._stock(onnx.load(original), self.path(name), StockOptions())
+        return Artifact(self.path(name), {}, clock.seconds)
+
+    def code(self, model: Path) -> int:
+        """Write a file's coded container beside it; its size in bytes."""
+        target = model.with_suffix(CODED_SUFFIX)
+        if not target.is_file():
+            encode_file(model, target)
+        return target.stat().st_size
+
+    def network(self, plan: Plan, clock: Stopwatch) -> nn.Module:
+        """The candidate's network: quantized weights, batch norms still apart."""
+        stitched = self._trained(plan, clock)
+        network = stitched.network
+        for decision in plan.of(Equalize.technique).values():
+            assert isinstance(decision, Equalize)
+            with clock.step("equalize"):
+                equalize(network, self._bank.graph, self._workload.example_inputs, decision)
+        with clock.step("round"):
+            apply_stage(self._bank, stitched, plan, Stage.QUANTIZE)
+        if any(technique_of(s.decision).stage is Stage.QUANTIZE for s in plan.steps):
+            with clock.step("repair_rounded"):
+                self._repair(network, stitched.kept_channels)
+        self._retrain(network, plan, clock)
+        return network
+
+    def _trained(self, plan: Plan, clock: Stopwatch) -> Stitched:
+        """The float network, trained if the plan says so; what was trained before is read."""
+        shape = _until(plan, Stage.RECOVER)
+        recoveries = [d for d in shape.of(Recover.technique).values() if isinstance(d, Recover)]
+        trains = bool(recoveries) and recoveries[0].epochs > 0
+        with clock.step("stitch"):
+            stitched = stitch(self._bank, shape)
+        kept = self._recovered / f"{shape.hash}.safetensors"
+        if trains and kept.is_file():
+            stitched.network.load_state_dict(load_file(kept))
+            return stitched
+        if shape.steps:
+            with clock.step("repair"):
+                self._repair(stitched.network, stitched.kept_channels)
+        if trains:
+            with clock.step("recover"):
+                stitched = self._recover(stitched, shape, recoveries[0])
+            state = {k: v.contiguous() for k, v in stitched.network.state_dict().items()}
+            write_whole(kept, save(state))
+            for checkpoint in self._recovered.glob(f"{shape.hash}*.checkpoint"):
+                shutil.rmtree(checkpoint)
+        return stitched
+
+    def _recover(self, stitched: Stitched, plan: Plan, decision: Recover) -> Stitched:
+        """Train in place, or prune and train in rounds where the plan removes single weights."""
+        sparse = plan.of(WeightPrune.technique)
+        if decision.pruning_rounds == 1 or not sparse:
+            self._recover_once(stitched.network, decision, plan.hash)
+            return stitched
+        dense = stitch(self._bank, _without(plan, WeightPrune.technique))
+        self._repair(dense.network, dense.kept_channels)
+
+        def prune(network: nn.Module, share: float) -> None:
+            steps = tuple(
+                Step(target, eased(d, share))
+                for target, d in sparse.items()
+                if isinstance(d, WeightPrune)
+            )
+            apply_stage(self._bank, dense, Plan(steps), Stage.SPARSIFY)
+
+        def train(network: nn.Module, number: int) -> None:
+            part = decision.model_copy(update={"epochs": decision.epochs / decision.pruning_rounds})
+            self._recover_once(network, part, f"{plan.hash}-{number}")
+
+        gradual(dense.network, prune, decision.pruning_rounds, train)
+        return dense
+
+    def _recover_once(self, network: nn.Module, decision: Recover, name: str) -> None:
+        recover_network(network, self._bank.network, self._train, decision, self._context(name))
+
+    def _retrain(self, network: nn.Module, plan: Plan, clock: Stopwatch) -> None:
+        for step in plan.steps:
+            decision = step.decision
+            if isinstance(decision, Qat) and decision.epochs > 0:
+                with clock.step("qat"):
+                    train_quantized(
+                        network, self._bank.network, self._train, decision,
+                        self._context(plan.hash), self._calibration,
+                    )  # fmt: skip
+            if isinstance(decision, TuneCodebooks) and decision.epochs > 0:
+                with clock.step("tune_codebooks"):
+                    tune_codebooks(
+                        network, self._bank.network, self._train, decision,
+                        self._context(plan.hash),
+                    )  # fmt: skip
+
+    def _quantized(
+        self, floating: FloatModel, plan: Plan
+    ) -> tuple[onnx.ModelProto, Mapping[str, str]]:
+        inputs = [x[:_RANGE_SAMPLES].numpy() for x in self._calibration]
+        quantized = quantize(floating, inputs, self._profile)
+        stock = list(plan.of(StockQuantizer.technique).values())
+        if not stock or stock[0] == technique_of(stock[0]).identity:
+            return quantized.model, quantized.labels
+        assert isinstance(stock[0], StockQuantizer)
+        options = StockOptions(**stock[0].model_dump())
+        target = self._artifacts / f"{plan.hash}.stock.onnx"
+        self._stock(quantized.model, target, options)
+        model = onnx.load(target)
+        target.unlink()
+        return model, {"network": f"stock {options.mode} int8"}
+
+    def _stock(self, model: onnx.ModelProto, target: Path, options: StockOptions) -> None:
+        inputs = [x[:_STOCK_SAMPLES].numpy() for x in self._calibration]
+        stock_quantize(model, target, inputs, options)
+
+    @property
+    def _train(self) -> Split:
+        if self._workload.train is None:
+            raise PlanError(
+                "A plan trains, and the workload has no train split.",
+                advice="give Workload(train=Split(inputs, targets)); distillation needs no targets",
+            )
+        return self._workload.train
+
+    def _context(self, name: str) -> RecoveryContext:
+        return RecoveryContext(
+            folder=self._recovered / f"{name}.checkpoint",
+            class_scores=not callable(self._workload.metric),
+        )
+
+
+def _until(plan: Plan, last: Stage) -> Plan:
+    return Plan(tuple(s for s in plan.steps if technique_of(s.decision).stage <= last))
+
+
+def _without(plan: Plan, technique: str) -> Plan:
+    return Plan(tuple(s for s in plan.steps if s.decision.technique != technique))
+
+
+@final
+class Stopwatch:
+    """Seconds by step name."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time the body of a `with` statement."""
+        start = self._clock()
+        yield
+        self.seconds[name] = round(self._clock() - start, 4)

@@ -1,0 +1,143 @@
+"""Quantization-aware training: a quantized network trained with its rounding in the forward pass.
+
+Batch norms stay layers of their own: a grid with one step per output channel keeps its integers
+when a norm is folded, since its steps are multiplied by the norm's factors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from autocompress.bank.store import make_key, network_hash, tensors_hash
+from autocompress.errors import PlanError, WorkloadError
+from autocompress.recover.distillation import LabelLoss, ResponseLoss, ResponseTerm, Teacher
+from autocompress.recover.quantizers import (
+    FLOAT_BITS,
+    GradientRounding,
+    fake_quantized,
+    integer_weight,
+    quantized_layers,
+)
+from autocompress.recover.recovery import RecoveryContext
+from autocompress.recover.schedule import derived_seed
+from autocompress.recover.training import train
+from autocompress.recover.training_types import (
+    Inputs,
+    Loss,
+    TrainingContext,
+    TrainingReport,
+    TrainingSettings,
+)
+from autocompress.techniques.qat import Qat
+from autocompress.workload import Split
+
+_TEMPERATURE = 4.0
+_HOLDOUT_SHARE, _HOLDOUT = 0.1, 1000
+# In the last part the weights learn to live with the norms' statistics that will be folded.
+_NORMS_FROZEN_FROM = 0.7
+
+
+def train_quantized(
+    network: nn.Module,
+    teacher: nn.Module,
+    split: Split,
+    decision: Qat,
+    context: RecoveryContext,
+    calibration: Inputs,
+) -> TrainingReport:
+    """Train a quantized network in place; it is left in evaluation mode and in the same form.
+
+    Its weights are then on the grids of the trained `weight_scale`. Layers with static integer
+    inputs have the buffers `input_scale` (float32) and `input_zero_point` (int32), both of shape
+    () and not persistent: the grid of their inputs. The weights with the least loss on held-out
+    samples are kept, those from before included.
+
+    Args:
+        network: after quantization, all modules in evaluation mode.
+        teacher: the original, in evaluation mode; not changed.
+        split: its targets may be None if the decision distils.
+        calibration: inputs from which the first ranges are taken.
+
+    Raises:
+        PlanError: no layer is quantized, or the training diverged.
+        WorkloadError: there are no targets to learn from, or targets or outputs do not fit.
+    """
+    network.eval()
+    layers = quantized_layers(network)
+    if not layers:
+        raise PlanError(
+            "No layer of the network is quantized, so there is nothing to train by 'qat'.",
+            given="layers in floating point only",
+            allowed="a plan with integer weights or inputs for some layer",
+            advice="add a `precision` step to the plan, or recover by `recover`",
+        )
+    loss = _make_loss(teacher, split, decision, context)
+    settings = _settings(len(split), layers, decision, context)
+    identity = _identity(network, teacher, split, calibration, (decision, context))
+    if decision.epochs == 0:
+        return train(network, split, loss, settings)
+    gradients = GradientRounding(decision.gradient_bits, next(network.parameters()).device)
+
+    def reseed(step: int, steps: int) -> None:
+        gradients.generator.manual_seed(derived_seed(context.seed, "gradients", step))
+
+    surroundings = TrainingContext(context.folder, identity, context.advance, reseed)
+    with fake_quantized(network, calibration, gradients):
+        return train(network, split, loss, settings, surroundings)
+
+
+def _make_loss(teacher: nn.Module, split: Split, decision: Qat, context: RecoveryContext) -> Loss:
+    if decision.distil:
+        remembered = split.inputs if decision.epochs > 1 else None
+        response = ResponseTerm(_TEMPERATURE, context.class_scores)
+        return ResponseLoss(Teacher(teacher, remembered), response)
+    if split.targets is None:
+        raise WorkloadError(
+            "Quantization-aware training on labels needs targets, but the train split has none.",
+            given="distil false",
+            allowed="distil true, which learns the original network's outputs",
+            advice="set distil to true, or give the train split targets",
+        )
+    return LabelLoss()
+
+
+def _settings(
+    samples: int, layers: dict[str, Any], decision: Qat, context: RecoveryContext
+) -> TrainingSettings:
+    fine = any(8 < integer_weight(layer).activation_bits < FLOAT_BITS for layer in layers.values())
+    return TrainingSettings(
+        epochs=decision.epochs,
+        learning_rate=decision.learning_rate,
+        holdout=min(_HOLDOUT, int(_HOLDOUT_SHARE * samples)),
+        norms_frozen_from=_NORMS_FROZEN_FROM,
+        # A bf16 number has 8 bits of precision: it cannot tell a finer grid's levels apart.
+        bf16=False if fine else context.bf16,
+        seed=context.seed,
+    )
+
+
+def _identity(
+    network: nn.Module,
+    teacher: nn.Module,
+    split: Split,
+    calibration: Inputs,
+    how: tuple[Qat, RecoveryContext],
+) -> str:
+    decision, context = how
+    if context.folder is None:
+        return ""
+    data = (*split.inputs, *(() if split.targets is None else (split.targets,)), *calibration)
+    layers = quantized_layers(network)
+    buffers = tuple(b for layer in layers.values() for b in layer.buffers())
+    return make_key(
+        "qat",
+        network_hash(network),
+        {name: repr(integer_weight(layer)) for name, layer in layers.items()},
+        tensors_hash(buffers),
+        network_hash(teacher),
+        tensors_hash(data),
+        decision.model_dump(mode="json"),
+        context.class_scores,
+    )

@@ -1,0 +1,157 @@
+"""Recovery of a compressed network by training, as a `Recover` decision says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, final
+
+from torch import nn
+
+from autocompress.bank.store import make_key, network_hash, tensors_hash
+from autocompress.errors import WorkloadError
+from autocompress.recover.distillation import LabelLoss, ResponseLoss, ResponseTerm, Teacher
+from autocompress.recover.features import Adapters, FeatureLoss, find_maps
+from autocompress.recover.training import train
+from autocompress.recover.training_types import (
+    Loss,
+    TrainingContext,
+    TrainingReport,
+    TrainingSettings,
+)
+from autocompress.techniques.recovery import Recover
+from autocompress.workload import Split
+
+# Held out is this share of the samples, but no more than so many.
+_HOLDOUT_SHARE = 0.1
+_HOLDOUT = 1000
+# Under a cosine the loss falls late: an early stop waits for a good part of the training.
+_PATIENCE_SHARE = 0.4
+_LEAST_PATIENCE = 5
+
+
+@final
+@dataclass(frozen=True)
+class RecoveryContext:
+    """What surrounds a recovery.
+
+    Attributes:
+        class_scores: the first output is class scores along axis 1, as the metrics `accuracy` and
+            `agreement` need it; False where the metric is the user's own.
+        folder: for checkpoints; None keeps none. The same recovery of the same network goes on
+            there, or returns at once if it had ended.
+        advance: called after every step.
+    """
+
+    seed: int = 0
+    folder: Path | None = None
+    advance: Callable[[], None] = lambda: None
+    class_scores: bool = True
+    bf16: bool | Literal["auto"] = "auto"
+
+
+def recover_network(
+    network: nn.Module,
+    teacher: nn.Module,
+    split: Split,
+    decision: Recover,
+    context: RecoveryContext | None = None,
+) -> TrainingReport:
+    """Train a compressed network in place; it is left in evaluation mode.
+
+    The weights with the least loss on held-out samples are kept, those from before included. The
+    decision's `pruning_rounds` are the caller's (see `gradual`).
+
+    Args:
+        network: compressed, all modules in evaluation mode.
+        teacher: the original, in evaluation mode; not changed.
+        split: its targets may be None, except to fine-tune.
+
+    Raises:
+        WorkloadError: there are no targets to fine-tune on, or targets or outputs do not fit.
+        PlanError: the training diverged, or there are no maps for a distillation of features.
+    """
+    context = context or RecoveryContext()
+    network.eval()
+    settings = recovery_settings(len(split), decision.epochs, decision.learning_rate, context)
+    loss = make_loss(network, teacher, split, decision, context)
+    identity = ""
+    if context.folder is not None:
+        how = decision.model_dump(mode="json", exclude={"pruning_rounds"})
+        identity = training_identity((network, teacher), split, how, context.class_scores)
+    surroundings = TrainingContext(context.folder, identity, context.advance)
+    return train(network, split, loss, settings, surroundings)
+
+
+def training_identity(networks: tuple[nn.Module, ...], split: Split, *how: object) -> str:
+    """What tells a training of some networks on some data from others.
+
+    Args:
+        networks: with all that a `state_dict` holds of them; buffers that it leaves out belong
+            into `how`.
+        how: whatever else the training depends on; JSON-like.
+    """
+    tensors = (*split.inputs, *(() if split.targets is None else (split.targets,)))
+    return make_key(*map(network_hash, networks), tensors_hash(tensors), *how)
+
+
+def make_loss(
+    network: nn.Module,
+    teacher: nn.Module,
+    split: Split,
+    decision: Recover,
+    context: RecoveryContext,
+) -> Loss:
+    """The loss of a decision's method.
+
+    Raises:
+        WorkloadError: there are no targets to fine-tune on.
+        PlanError: there are no maps for a distillation of features.
+    """
+    if decision.method == "fine_tune":
+        if split.targets is None:
+            raise WorkloadError(
+                "Fine-tuning needs targets, but the train split has none.",
+                given="method fine_tune",
+                allowed="response, feature, response_feature",
+                advice="choose a method without labels, or give the train split targets",
+            )
+        return LabelLoss()
+    if decision.method == "response":
+        return response_loss(teacher, split, decision.epochs, decision.temperature, context)
+    response = ResponseTerm(decision.temperature, context.class_scores)
+    maps = find_maps(network, teacher, split.subset(2).inputs)
+    return FeatureLoss(
+        teacher=Teacher(teacher),
+        maps=maps,
+        extra=Adapters(maps, context.seed),
+        response=response if decision.method == "response_feature" else None,
+        class_scores=context.class_scores,
+    )
+
+
+def response_loss(
+    teacher: nn.Module, split: Split, epochs: float, temperature: float, context: RecoveryContext
+) -> ResponseLoss:
+    """The distillation of the teacher's outputs."""
+    # Up to one epoch few samples come up twice: remembering would cost more than it saves.
+    remembered = split.inputs if epochs > 1 else None
+    response = ResponseTerm(temperature, context.class_scores)
+    return ResponseLoss(Teacher(teacher, remembered), response)
+
+
+def recovery_settings(
+    samples: int, epochs: float, learning_rate: float, context: RecoveryContext
+) -> TrainingSettings:
+    """The settings for a train split of so many samples, some of which are held out."""
+    holdout = min(_HOLDOUT, int(_HOLDOUT_SHARE * samples))
+    patience = max(_LEAST_PATIENCE, round(_PATIENCE_SHARE * epochs))
+    return TrainingSettings(
+        epochs=epochs,
+        learning_rate=learning_rate,
+        holdout=holdout,
+        patience=patience if holdout else None,
+        bf16=context.bf16,
+        seed=context.seed,
+    )

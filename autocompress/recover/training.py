@@ -1,0 +1,293 @@
+"""The training loop that fine-tuning, distillation and the other recoveries share."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, parametrize
+
+from autocompress.errors import PlanError, WorkloadError
+from autocompress.graph.layers import NORM_TYPES
+from autocompress.recover.autocast import bf16_pays
+from autocompress.recover.checkpoint import (
+    CheckpointFile,
+    TrainingState,
+    copy_of,
+    restore,
+    tensors_of,
+)
+from autocompress.recover.schedule import (
+    derived_generator,
+    derived_seed,
+    epoch_batches,
+    learning_rate_share,
+    split_off,
+)
+from autocompress.recover.training_types import (
+    Batch,
+    Inputs,
+    Loss,
+    TrainingContext,
+    TrainingReport,
+    TrainingSettings,
+)
+from autocompress.workload import Split
+
+__all__ = [
+    "Batch",
+    "Inputs",
+    "Loss",
+    "TrainingContext",
+    "TrainingReport",
+    "TrainingSettings",
+    "masked_weights",
+    "train",
+]
+
+_CHECKPOINT_EVERY_S = 60.0
+
+
+def train(
+    network: nn.Module,
+    split: Split,
+    loss: Loss,
+    settings: TrainingSettings,
+    context: TrainingContext | None = None,
+) -> TrainingReport:
+    """Train a network in place; it is left in evaluation mode.
+
+    Weights at which a layer's bool buffer `weight_mask` (shape of the weight, not persistent) is
+    False stay zero. The global random state is left as it was.
+
+    Raises:
+        WorkloadError: the split has too few samples, or nothing of the network can be trained.
+        PlanError: the loss is not finite.
+        RunFolderError: the checkpoint is of another network.
+    """
+    if settings.epochs == 0:
+        network.eval()
+        return TrainingReport(0, 0.0, (), (), 0, False, False)
+    loop = _Loop(network, split, loss, settings, context or TrainingContext())
+    try:
+        with torch.random.fork_rng():
+            return loop.run()
+    finally:
+        network.eval()
+        network.zero_grad(set_to_none=True)
+
+
+@final
+class _Loop:
+    """One training under way."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        split: Split,
+        loss: Loss,
+        settings: TrainingSettings,
+        context: TrainingContext,
+    ) -> None:
+        if len(split) <= settings.holdout:
+            raise WorkloadError(
+                "The train split has no samples left to train on.",
+                given=f"{len(split)} samples, {settings.holdout} of them held out",
+                advice="give more samples as `train`",
+            )
+        self._network, self._split, self._loss = network, split, loss
+        self._settings, self._context = settings, context
+        self._modules = (network, loss.extra)
+        self._parameters = [p for m in self._modules for p in m.parameters() if p.requires_grad]
+        self._optimizer = _make_optimizer(self._parameters, settings)
+        self._masked = masked_weights(network)
+        self._device = self._parameters[0].device
+        self._samples, self._held_out = split_off(len(split), settings.holdout, settings.seed)
+        self._per_epoch = max(len(self._samples) // settings.batch_size, 1)
+        self._steps = max(1, round(settings.epochs * self._per_epoch))
+        self._file = CheckpointFile(
+            context.folder, context.identity, repr(settings), str(len(split))
+        )
+        bf16 = bf16_pays(self._device) if settings.bf16 == "auto" else settings.bf16
+        self._state = TrainingState(bf16)
+        self._saved_at = self._counted_at = time.monotonic()
+
+    def run(self) -> TrainingReport:
+        """Go through the epochs, from the start or from a checkpoint."""
+        state = self._state = self._resume()
+        while not state.finished:
+            epoch = state.step // self._per_epoch
+            batches = epoch_batches(
+                self._samples, self._settings.batch_size, self._settings.seed, epoch
+            )
+            if len(state.held_out_losses) == 0:
+                self._judge()
+            end = min((epoch + 1) * self._per_epoch, self._steps)
+            while state.step < end:
+                self._step(batches[state.step % self._per_epoch])
+                if time.monotonic() - self._saved_at > _CHECKPOINT_EVERY_S and state.step < end:
+                    self._save()
+            state.train_losses.append(state.loss_sum / (end - epoch * self._per_epoch))
+            state.loss_sum = 0.0
+            self._judge()
+            if state.stopped_early or state.step == self._steps:
+                self._finish()
+            self._save()
+        return self._report()
+
+    def _step(self, samples: Tensor) -> None:
+        state, settings = self._state, self._settings
+        self._context.before_step(state.step, self._steps)
+        self._network.train()
+        if state.step >= settings.norms_frozen_from * self._steps:
+            _freeze_norms(self._network)
+        # A seed per step, on every device, so that a resumed training draws what it would have.
+        torch.manual_seed(derived_seed(settings.seed, "step", state.step))
+        share = learning_rate_share(state.step, self._steps, settings.warmup_share)
+        for group in self._optimizer.param_groups:
+            group["lr"] = settings.learning_rate * share
+        loss = self._evaluate(self._batch(samples, augmented=True))
+        value = self._finite(float(loss.detach()))
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if settings.clip_norm is not None:
+            clip_grad_norm_(self._parameters, settings.clip_norm)
+        self._optimizer.step()
+        with torch.no_grad():
+            for weight, mask in self._masked:
+                weight.mul_(mask)
+        state.loss_sum += value
+        state.step += 1
+        self._context.advance()
+
+    def _evaluate(self, batch: Batch) -> Tensor:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._state.bf16):
+            return self._loss(self._network, batch).float()
+
+    def _batch(self, samples: Tensor, *, augmented: bool) -> Batch:
+        part = self._split.subset(samples)
+        inputs, augment = part.inputs, self._context.augment
+        if augmented and augment is not None:
+            seed = self._settings.seed
+            inputs = augment(inputs, derived_generator(seed, "augment", self._state.step))
+        return Batch(
+            tuple(x.to(self._device) for x in inputs),
+            None if part.targets is None else part.targets.to(self._device),
+            None if augmented and augment is not None else samples,
+        )
+
+    def _judge(self) -> None:
+        """Note the held-out loss after an epoch, and keep the weights if they are the best yet."""
+        if len(self._held_out) == 0:
+            return
+        state, patience = self._state, self._settings.patience
+        self._network.eval()
+        total = 0.0
+        with torch.no_grad():
+            for samples in torch.split(self._held_out, self._settings.batch_size):
+                loss = self._evaluate(self._batch(samples, augmented=False))
+                total += self._finite(float(loss)) * len(samples)
+        value = total / len(self._held_out)
+        if value < min(state.held_out_losses, default=math.inf):
+            state.best = copy_of(tensors_of(*self._modules))
+        state.held_out_losses.append(value)
+        waited = len(state.held_out_losses) - 1 - _best(state)
+        state.stopped_early = patience is not None and waited >= patience
+
+    def _finite(self, value: float) -> float:
+        if math.isfinite(value):
+            return value
+        raise PlanError(
+            "The training diverged: its loss is not finite.",
+            given=f"loss {value} at step {self._state.step + 1} of {self._steps}, "
+            f"learning rate {self._settings.learning_rate}",
+            advice="lower the learning rate, or check the inputs for NaN",
+        )
+
+    def _resume(self) -> TrainingState:
+        saved = self._file.load()
+        if saved is None:
+            return self._state
+        state, tensors = saved
+        restore(tensors, *self._modules)
+        if state.optimizer is not None:
+            self._optimizer.load_state_dict(state.optimizer)
+        for _ in range(state.step):
+            self._context.advance()
+        return state
+
+    def _save(self) -> None:
+        now = time.monotonic()
+        self._state.seconds += now - self._counted_at
+        self._saved_at = self._counted_at = now
+        if not self._state.finished:
+            self._state.optimizer = self._optimizer.state_dict()
+        self._file.save(self._state, tensors_of(*self._modules))
+
+    def _finish(self) -> None:
+        state = self._state
+        if state.best is not None:
+            restore(state.best, *self._modules)
+        state.best, state.optimizer, state.finished = None, None, True
+
+    def _report(self) -> TrainingReport:
+        state = self._state
+        return TrainingReport(
+            steps=state.step,
+            seconds=state.seconds,
+            train_losses=tuple(state.train_losses),
+            held_out_losses=tuple(state.held_out_losses),
+            best_epoch=_best(state) if state.held_out_losses else len(state.train_losses),
+            stopped_early=state.stopped_early,
+            bf16=state.bf16,
+        )
+
+
+def masked_weights(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Weights with the masks of those that stay; a parametrized weight's own tensor, if it fits."""
+    found = []
+    for module in network.modules():
+        mask = getattr(module, "weight_mask", None)
+        if not isinstance(mask, Tensor):
+            continue
+        if parametrize.is_parametrized(module, "weight"):
+            weight = module.parametrizations["weight"].original  # type: ignore[union-attr, index]
+        else:
+            weight = module.weight
+        # A codebook has another shape than the weight that it stands for: its zeros are its own.
+        if isinstance(weight, Tensor) and weight.shape == mask.shape:
+            found.append((weight, mask))
+    return found
+
+
+def _best(state: TrainingState) -> int:
+    return state.held_out_losses.index(min(state.held_out_losses))
+
+
+def _make_optimizer(
+    parameters: list[nn.Parameter], settings: TrainingSettings
+) -> torch.optim.Optimizer:
+    if not parameters:
+        raise WorkloadError(
+            "Nothing of the network can be trained.",
+            given="no parameter with requires_grad",
+            advice="call network.requires_grad_(True) before you return the workload",
+        )
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, settings.learning_rate)
+    nesterov = settings.momentum > 0
+    return torch.optim.SGD(groups, settings.learning_rate, settings.momentum, nesterov=nesterov)
+
+
+def _freeze_norms(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, NORM_TYPES):
+            module.eval()

@@ -1,0 +1,51 @@
+"""How a pruned or decomposed network gets its accuracy back by training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal, final
+
+from pydantic import Field
+
+from autocompress.device import DeviceProfile
+from autocompress.graph import NetworkGraph
+from autocompress.plan import Decision
+from autocompress.techniques.technique import NetworkTechnique, Stage
+
+
+@final
+class Recover(Decision):
+    """Train the whole network after pruning and decomposition, before quantization.
+
+    Attributes:
+        method: `fine_tune` learns the labels; `response` the original network's outputs, `feature`
+            its intermediate maps, `response_feature` both, each with the labels where there are
+            some.
+        epochs: of the train split; 0 leaves the network as it is.
+        learning_rate: the peak, of SGD with Nesterov momentum.
+        temperature: of the softened class scores.
+        pruning_rounds: in so many rounds single weights are pruned, with a share of the training
+            after each; 1 prunes at once.
+    """
+
+    technique: ClassVar[str] = "recover"
+    method: Literal["fine_tune", "response", "feature", "response_feature"] = "response"
+    epochs: float = Field(ge=0, le=100)
+    learning_rate: float = Field(default=0.02, gt=0, le=1)
+    temperature: float = Field(default=4.0, ge=1, le=20)
+    pruning_rounds: int = Field(default=1, ge=1, le=16)
+
+
+def _choices(
+    graph: NetworkGraph, offered: Sequence[Decision], device: DeviceProfile
+) -> tuple[Decision, ...]:
+    return tuple(d for d in offered if isinstance(d, Recover) and d.epochs > 0)
+
+
+RECOVER = NetworkTechnique(
+    name=Recover.technique,
+    decision=Recover,
+    stage=Stage.RECOVER,
+    identity=Recover(epochs=0),
+    choices=_choices,
+)

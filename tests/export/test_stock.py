@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from models import calibration, candidate, operators, relative_error, run_onnx, values
+from networks import exporter_of
+
+from autocompress.errors import ExportError
+from autocompress.export import StockOptions, stock_quantize
+
+
+def float_file(name: str) -> onnx.ModelProto:
+    return exporter_of(name).export(candidate(name)).graph.model
+
+
+def stock_file(name: str, folder: Path, options: StockOptions) -> onnx.ModelProto:
+    target = folder / "int8.onnx"
+    stock_quantize(float_file(name), target, calibration(name), options)
+    assert [p.name for p in folder.iterdir()] == ["int8.onnx"]
+    return onnx.load(target)
+
+
+def closeness(name: str, model: onnx.ModelProto) -> float:
+    wanted = run_onnx(float_file(name), calibration(name))[0]
+    return relative_error(run_onnx(model, calibration(name))[0], wanted)
+
+
+@pytest.mark.parametrize("calibration_method", ["minmax", "percentile", "entropy"])
+@pytest.mark.parametrize("name", ["residual", "two_inputs"])
+def test_static_files_load_and_are_close(
+    name: str, calibration_method: str, tmp_path: Path
+) -> None:
+    model = stock_file(name, tmp_path, StockOptions(calibration=calibration_method))
+    assert "QuantizeLinear" in operators(model)
+    assert closeness(name, model) < 0.25
+
+
+def test_the_default_is_per_channel_and_unsigned(tmp_path: Path) -> None:
+    stored = values(stock_file("residual", tmp_path, StockOptions()))
+    assert stored["x_zero_point"].dtype == np.uint8
+    assert stored["block1.conv1.weight_scale"].shape == (8,)
+
+
+def test_options_reach_the_tool(tmp_path: Path) -> None:
+    options = StockOptions(per_channel=False, signed_activations=True)
+    stored = values(stock_file("residual", tmp_path, options))
+    assert stored["x_zero_point"].dtype == np.int8
+    assert stored["block1.conv1.weight_scale"].shape in ((), (1,))
+
+
+def test_percentiles_cut_what_minmax_keeps(tmp_path: Path) -> None:
+    scales = []
+    for method in ("percentile", "minmax"):
+        stored = values(stock_file("residual", tmp_path, StockOptions(calibration=method)))
+        names = sorted(n for n, v in stored.items() if n.endswith("_scale") and v.ndim == 0)
+        scales.append(np.array([stored[n] for n in names]))
+    assert (scales[0] <= scales[1]).all() and (scales[0] < scales[1]).any()
+
+
+def test_dynamic_files_fix_no_range(tmp_path: Path) -> None:
+    model = stock_file("tokens", tmp_path, StockOptions(mode="dynamic"))
+    assert "DynamicQuantizeLinear" in operators(model)
+    assert "QuantizeLinear" not in operators(model)
+    assert 0 < closeness("tokens", model) < 0.1
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_the_tools_failure_is_an_export_error(mode: str, tmp_path: Path) -> None:
+    target = tmp_path / "int8.onnx"
+    broken = onnx.ModelProto()
+    with pytest.raises(ExportError, match=f"{mode} quantizer"):
+        stock_quantize(broken, target, [np.zeros((2, 2), np.float32)], StockOptions(mode=mode))
+    assert list(tmp_path.iterdir()) == []
