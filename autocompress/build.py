@@ -109,7 +109,10 @@ class Builder:
         with clock.step("quantize"):
             model, labels = self._quantized(floating, plan)
         with clock.step("write"):
+            # A container of an earlier file of that name would be taken for this one's.
+            self.path(name).with_suffix(CODED_SUFFIX).unlink(missing_ok=True)
             write_whole(self.path(name), model.SerializeToString())
+        self._forget_checkpoints(plan)
         details = {
             "parity": floating.parity,
             "layers": dict(labels),
@@ -171,8 +174,7 @@ class Builder:
                 stitched = self._recover(stitched, shape, recoveries[0])
             state = {k: v.contiguous() for k, v in stitched.network.state_dict().items()}
             write_whole(kept, save(state))
-            for checkpoint in self._recovered.glob(f"{shape.hash}*.checkpoint"):
-                shutil.rmtree(checkpoint)
+            self._forget_checkpoints(shape)
         return stitched
 
     def _recover(self, stitched: Stitched, plan: Plan, decision: Recover) -> Stitched:
@@ -201,6 +203,10 @@ class Builder:
 
     def _recover_once(self, network: nn.Module, decision: Recover, name: str) -> None:
         recover_network(network, self._bank.network, self._train, decision, self._context(name))
+
+    def _forget_checkpoints(self, plan: Plan) -> None:
+        for checkpoint in self._recovered.glob(f"{plan.hash}*.checkpoint"):
+            shutil.rmtree(checkpoint)
 
     def _retrain(self, network: nn.Module, plan: Plan, clock: Stopwatch) -> None:
         for step in plan.steps:

@@ -65,9 +65,7 @@ _DROP: Final = _Column("drop\npoints", 7, lambda row, share: figures.points(row[
 _LATENCY: Final = _Column("latency", 10, lambda row, share: figures.milliseconds(row["latency_ms"]))
 _SPEEDUP: Final = _Column("speed-up", 19, _speedup, "left")
 _FILE: Final = _Column("file", 8, lambda row, share: figures.byte_size(row["file_bytes"]))
-_DOWNLOAD: Final = _Column(
-    "coded", 8, lambda row, share: figures.byte_size(row["download_bytes"])
-)
+_DOWNLOAD: Final = _Column("coded", 8, lambda row, share: figures.byte_size(row["download_bytes"]))
 _MEMORY: Final = _Column(
     "peak\nmemory", 8, lambda row, share: figures.byte_size(row["peak_memory_bytes"])
 )

@@ -52,7 +52,7 @@ EXAMPLE_DEVICE = "cpu"
 class Row:
     """One row of the table: what is done everywhere, and how it is recovered afterwards.
 
-    `exclude` names layers that stay as they are.
+    `exclude` names layers that stay as they are; `coupled` takes coupled channel groups in.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Row:
     decisions: tuple[Decision, ...]
     recovery: Decision | None
     exclude: tuple[str, ...]
+    coupled: bool
 
     @property
     def key(self) -> str:
@@ -68,7 +69,7 @@ class Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a YAML file: a list of name, strength, steps, recovery and exclude."""
+    """The rows of a YAML file: a list of name, strength, steps, recovery, exclude and coupled."""
     rows = []
     for entry in yaml.safe_load(path.read_text(encoding="utf-8")):
         recovery = entry.get("recovery")
@@ -79,6 +80,7 @@ def read_rows(path: Path) -> list[Row]:
                 tuple(_decision(step) for step in entry["steps"]),
                 _decision(recovery) if recovery else None,
                 tuple(entry.get("exclude", ())),
+                bool(entry.get("coupled", False)),
             )
         )
     return rows
@@ -90,14 +92,15 @@ def _decision(step: Mapping[str, Any]) -> Decision:
 
 
 def plan_of(row: Row, graph: NetworkGraph, device: DeviceProfile, *, recovered: bool) -> Plan:
-    """The row's decisions wherever they make sense; of the groups, only uncoupled ones."""
+    """The row's decisions wherever they make sense; of the groups, uncoupled ones or all."""
     steps: list[Step] = []
     decisions = [*row.decisions, *([row.recovery] if recovered and row.recovery else [])]
     for decision in decisions:
         technique = technique_named(decision.technique)
         if isinstance(technique, GroupTechnique):
             for group in graph.groups:
-                if "+" not in group.name and technique.choices(group, [decision], device):
+                free = row.coupled or "+" not in group.name
+                if free and technique.choices(group, [decision], device):
                     steps.append(Step(group.name, decision))
         elif isinstance(technique, LayerTechnique):
             for layer in graph.layers:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from autocompress.errors import RunFolderError
 from autocompress.search.space import Parameter, Space
 from autocompress.search.study import Study
-from autocompress.techniques.filter_prune import FILTER_PRUNE, FilterPrune
+from autocompress.techniques import Stage
+from autocompress.techniques.filter_prune import FilterPrune
 
 OBJECTIVES = ("metric", "latency")
 

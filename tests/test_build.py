@@ -1,0 +1,173 @@
+"""From a plan to a file, training and the stock quantizer included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from networks import make_device
+from tiny_workload import workload
+from torch import nn
+
+import autocompress.build as build_module
+from autocompress.bank import Bank
+from autocompress.build import Builder, Stopwatch
+from autocompress.config import CalibrationSettings
+from autocompress.errors import PlanError
+from autocompress.export import Exporter
+from autocompress.export.coding import decode_model, load_coded
+from autocompress.graph import trace
+from autocompress.plan import Decision, Plan, Step
+from autocompress.techniques import NETWORK
+from autocompress.techniques.codebook import Codebook
+from autocompress.techniques.codebook_tuning import TuneCodebooks
+from autocompress.techniques.entropy_grid import EntropyGrid
+from autocompress.techniques.equalize import Equalize
+from autocompress.techniques.filter_prune import FilterPrune
+from autocompress.techniques.precision import Precision
+from autocompress.techniques.qat import Qat
+from autocompress.techniques.recovery import Recover
+from autocompress.techniques.stock import StockQuantizer
+from autocompress.techniques.weight_prune import WeightPrune
+
+LAYERS = ("0", "3", "8")
+INT8 = Precision(weight_bits=8, activation_bits=8)
+HALF = FilterPrune(pruning_ratio=0.5)
+
+
+def everywhere(decision: Decision) -> list[Step]:
+    return [Step(layer, decision) for layer in LAYERS]
+
+
+def whole(decision: Decision) -> list[Step]:
+    return [Step(NETWORK, decision)]
+
+
+def plan(*steps: list[Step]) -> Plan:
+    return Plan(tuple(step for each in steps for step in each))
+
+
+def new_builder(folder: Path) -> Builder:
+    data = workload()
+    graph = trace(data.network, data.example_inputs)
+    settings = CalibrationSettings(statistics_samples=64, repair_samples=32)
+    bank = Bank(data.network, graph, 1, folder / "bank")
+    bank.calibrate(data.calibration.inputs, settings)
+    exporter = Exporter(data.network, graph, data.example_inputs, data.example_inputs)
+    return Builder(data, exporter, bank, make_device(), settings, folder)
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
+    return new_builder(tmp_path_factory.mktemp("build"))
+
+
+def outputs(model: Path) -> np.ndarray:
+    session = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    x = workload().search_split.inputs[0].numpy()
+    return session.run(None, {session.get_inputs()[0].name: x})[0]
+
+
+@pytest.mark.parametrize(
+    ("steps", "label"),
+    [
+        (everywhere(INT8), "int8"),
+        (everywhere(Precision(weight_bits=4, activation_bits=32)), "storage only"),
+        (everywhere(Codebook(code_bits=4)), "storage only"),
+        (everywhere(EntropyGrid(step=0.1)), "storage only"),
+        (everywhere(INT8) + whole(Equalize(iterations=2)), "int8"),
+        (everywhere(INT8) + whole(Qat(epochs=1)), "int8"),
+        (everywhere(Codebook(code_bits=4)) + whole(TuneCodebooks(epochs=1)), "storage only"),
+        (whole(StockQuantizer(mode="static")), "stock static int8"),
+        (whole(StockQuantizer(mode="dynamic")), "stock dynamic int8"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "+".join(sorted({s.decision.technique for s in v})),
+)
+def test_every_way_to_quantize_is_built_and_labelled(
+    builder: Builder, steps: list[Step], label: str
+) -> None:
+    wanted = plan(steps)
+    artifact = builder.build(wanted.hash, wanted)
+    assert set(artifact.details["layers"].values()) == {label}
+    original = builder.build("original", Plan())
+    # Repair finds better batch-norm statistics than this network came with.
+    assert np.corrcoef(outputs(artifact.path).ravel(), outputs(original.path).ravel())[0, 1] > 0.75
+
+
+def test_training_brings_a_pruned_network_nearer_and_is_kept(
+    builder: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruned = plan([Step("0", HALF)])
+    trained = plan([Step("0", HALF)], whole(Recover(epochs=8, learning_rate=0.05)))
+    original = torch.from_numpy(outputs(builder.build("original", Plan()).path))
+
+    def distance(which: Plan) -> float:
+        found = torch.from_numpy(outputs(builder.build(which.hash, which).path))
+        return float(
+            nn.functional.kl_div(found.log_softmax(1), original.softmax(1), reduction="batchmean")
+        )
+
+    before, after = distance(pruned), distance(trained)
+    assert after < before
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("trained twice")
+
+    monkeypatch.setattr(build_module, "recover_network", refuse)
+    quantized = plan(list(trained.steps), everywhere(INT8))
+    artifact = builder.build(quantized.hash, quantized)
+    assert "recover" not in artifact.seconds
+    assert not list((artifact.path.parents[1] / "recovered").glob("*.checkpoint"))
+
+
+def test_pruning_in_rounds_ends_at_the_wanted_sparsity(builder: Builder) -> None:
+    sparse = everywhere(WeightPrune(sparsity=0.8))
+    wanted = plan(sparse, whole(Recover(epochs=2, pruning_rounds=2)))
+    network = builder.network(wanted, Stopwatch())
+    for name in LAYERS:
+        weight = network.get_submodule(name).weight
+        assert float((weight == 0).float().mean()) == pytest.approx(0.8, abs=0.02)
+
+
+def test_two_builders_make_the_same_file(tmp_path: Path, builder: Builder) -> None:
+    wanted = plan([Step("0", HALF)], whole(Recover(epochs=1)), everywhere(INT8))
+    files = [b.build(wanted.hash, wanted).path for b in (builder, new_builder(tmp_path))]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_the_container_gives_the_file_and_a_session(builder: Builder) -> None:
+    wanted = plan(everywhere(EntropyGrid(step=0.1)))
+    model = builder.build(wanted.hash, wanted).path
+    size = builder.code(model)
+    container = model.with_suffix(".acz")
+    assert size == container.stat().st_size < model.stat().st_size
+    assert decode_model(container.read_bytes()) == model.read_bytes()
+    session = load_coded(container)
+    x = workload().search_split.inputs[0].numpy()
+    found = session.run(None, {session.get_inputs()[0].name: x})[0]
+    assert np.array_equal(found, outputs(model))
+
+
+def test_an_old_container_is_not_taken_for_a_new_file(builder: Builder) -> None:
+    one, other = (plan(everywhere(EntropyGrid(step=s))) for s in (0.1, 2.0))
+    builder.code(builder.build("same-name", one).path)
+    model = builder.build("same-name", other).path
+    builder.code(model)
+    assert decode_model(model.with_suffix(".acz").read_bytes()) == model.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        whole(StockQuantizer(mode="static")) + everywhere(INT8),
+        whole(Qat(epochs=1)),
+        everywhere(INT8) + whole(TuneCodebooks(epochs=1)),
+    ],
+    ids=["two quantizers", "nothing to train", "no codebook"],
+)
+def test_plans_with_void_steps_are_refused(builder: Builder, steps: list[Step]) -> None:
+    with pytest.raises(PlanError, match="void"):
+        builder.build("bad", plan(steps))
