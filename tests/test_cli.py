@@ -130,6 +130,52 @@ def test_a_picked_model_scores_what_its_card_says(finished, call):
     assert np.isclose((found == wanted).mean(), card["figures"]["metric_test"]["value"])
 
 
+def test_a_container_gives_the_file_back_and_a_session(finished, call, tmp_path):
+    folder, _ = finished
+    model = folder / "run" / "artifacts" / "stock_int8.onnx"
+    container, again = tmp_path / "small.acz", tmp_path / "again.onnx"
+    told = call("encode", model, "--out", container)
+    assert told.returncode == 0 and "times smaller" in told.stdout
+    assert all(len(line) <= 100 for line in told.stdout.splitlines()[:-1])
+    assert call("decode", container, "--out", again).returncode == 0
+    assert again.read_bytes() == model.read_bytes()
+    x = np.zeros((1, 3, 8, 8), np.float32)
+    one, other = autocompress.load_coded(container), ort.InferenceSession(str(model))
+    name = other.get_inputs()[0].name
+    assert np.array_equal(one.run(None, {name: x})[0], other.run(None, {name: x})[0])
+
+
+def test_a_damaged_container_is_refused_and_leaves_nothing(finished, call, tmp_path):
+    folder, _ = finished
+    container = tmp_path / "small.acz"
+    call("encode", folder / "run" / "artifacts" / "stock_int8.onnx", "--out", container)
+    container.write_bytes(container.read_bytes()[:-7])
+    refused(call("decode", container, "--out", tmp_path / "again.onnx"), "malformed")
+    assert not (tmp_path / "again.onnx").exists()
+
+
+def test_download_bytes_are_an_objective(call, tiny_experiment, tmp_path):
+    path = tiny_experiment(search_space="download", objectives=["metric", "download_bytes"])
+    result = call("search", path, "--run", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    frame = pd.read_csv(tmp_path / "run" / "front.csv")
+    assert frame["download_bytes"].notna().all()
+    assert (frame["download_bytes"] <= 1.05 * frame["file_bytes"]).all()
+
+
+def test_a_space_that_trains_needs_a_train_split(call, tiny_experiment, tmp_path):
+    module = tmp_path / "untrained.py"
+    module.write_text(
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "from dataclasses import replace\n"
+        "import tiny_workload\n"
+        "def workload():\n"
+        "    return replace(tiny_workload.workload(), train=None)\n"
+    )
+    path = tiny_experiment(workload=f"{module}:workload", search_space="cnn_trained")
+    refused(call("search", path, "--run", tmp_path / "run"), "train", "recover")
+
+
 def test_nothing_fits_is_exit_code_1_and_names_the_nearest(finished, call):
     folder, _ = finished
     result = call("pick", folder / "run", "--min-speedup", "900", "--out", folder / "none")
@@ -206,6 +252,8 @@ def test_a_provider_that_is_not_installed_is_refused(call, tiny_experiment, tmp_
         (("front", "missing"), "missing"),
         (("pick", "missing", "--out", "x", "--knee"), "missing"),
         (("profile", "toaster"), "toaster"),
+        (("encode", "missing.onnx"), "missing.onnx"),
+        (("decode", "missing.acz"), "missing.acz"),
     ],
 )
 def test_missing_files_are_exit_code_2(call, arguments, word, tmp_path, monkeypatch):
@@ -237,7 +285,7 @@ def test_debug_shows_the_traceback():
 
 
 def test_help_has_an_example_for_every_command(call):
-    for command in ("search", "front", "pick", "profile"):
+    for command in ("search", "front", "pick", "profile", "encode", "decode"):
         result = call(command, "--help")
         assert result.returncode == 0
         assert "Example: autocompress" in result.stdout

@@ -200,7 +200,7 @@ class ResponseLoss:
 
     teacher: Teacher
     response: ResponseTerm
-    alpha: float = 0.5
+    alpha: float = 1.0
     extra: nn.Module = field(default_factory=nn.Module)
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:

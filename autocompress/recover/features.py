@@ -119,7 +119,7 @@ class FeatureLoss:
     extra: Adapters
     response: ResponseTerm | None = None
     class_scores: bool = True
-    alpha: float = 0.5
+    alpha: float = 1.0
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
         """The loss on a batch; a scalar."""

@@ -23,7 +23,7 @@ class Recover(Decision):
             some.
         epochs: of the train split; 0 leaves the network as it is.
         learning_rate: the peak, of SGD with Nesterov momentum.
-        temperature: of the softened class scores.
+        temperature: of the softened class scores; low ones leave the labels more of a say.
         pruning_rounds: in so many rounds single weights are pruned, with a share of the training
             after each; 1 prunes at once.
     """
@@ -31,8 +31,8 @@ class Recover(Decision):
     technique: ClassVar[str] = "recover"
     method: Literal["fine_tune", "response", "feature", "response_feature"] = "response"
     epochs: float = Field(ge=0, le=100)
-    learning_rate: float = Field(default=0.02, gt=0, le=1)
-    temperature: float = Field(default=4.0, ge=1, le=20)
+    learning_rate: float = Field(default=0.05, gt=0, le=1)
+    temperature: float = Field(default=2.0, ge=1, le=20)
     pruning_rounds: int = Field(default=1, ge=1, le=16)
 
 

@@ -57,7 +57,7 @@ def test_checkpoints_of_other_networks_data_and_decisions_are_not_taken(tmp_path
     base = Recover(epochs=0.5)
     cases = [
         (1, 0, 128, base), (2, 0, 128, base), (1, 3, 128, base), (1, 0, 100, base),
-        (1, 0, 128, Recover(epochs=0.5, temperature=2)),
+        (1, 0, 128, Recover(epochs=0.5, temperature=3)),
     ]  # fmt: skip
     for count, (student, teacher, samples, decision) in enumerate(cases, 1):
         split = make_split(samples)
