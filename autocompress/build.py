@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +29,10 @@ from autocompress.recover import (
     RecoveryContext,
     gradual,
     recover_network,
+    restore,
+    tensors_of,
     train_quantized,
+    training_identity,
     tune_codebooks,
 )
 from autocompress.techniques import Stage, consistent, technique_of
@@ -128,6 +133,7 @@ class Builder:
             ExportError: the stock tool fails on this network.
         """
         clock = Stopwatch()
+        self.path(name).with_suffix(CODED_SUFFIX).unlink(missing_ok=True)
         with clock.step("build"):
             self._stock(onnx.load(original), self.path(name), StockOptions())
         return Artifact(self.path(name), {}, clock.seconds)
@@ -162,9 +168,10 @@ class Builder:
         trains = bool(recoveries) and recoveries[0].epochs > 0
         with clock.step("stitch"):
             stitched = stitch(self._bank, shape)
-        kept = self._recovered / f"{shape.hash}.safetensors"
+        kept = self._kept_file(stitched.network, shape) if trains else Path()
         if trains and kept.is_file():
-            stitched.network.load_state_dict(load_file(kept))
+            # Masks too: pruning in rounds leaves others than pruning at once.
+            restore(load_file(kept), stitched.network)
             return stitched
         if shape.steps:
             with clock.step("repair"):
@@ -172,7 +179,7 @@ class Builder:
         if trains:
             with clock.step("recover"):
                 stitched = self._recover(stitched, shape, recoveries[0])
-            state = {k: v.contiguous() for k, v in stitched.network.state_dict().items()}
+            state = {k: v.contiguous() for k, v in tensors_of(stitched.network).items()}
             write_whole(kept, save(state))
             self._forget_checkpoints(shape)
         return stitched
@@ -204,6 +211,12 @@ class Builder:
     def _recover_once(self, network: nn.Module, decision: Recover, name: str) -> None:
         recover_network(network, self._bank.network, self._train, decision, self._context(name))
 
+    def _kept_file(self, network: nn.Module, plan: Plan) -> Path:
+        """Where the result of training a network from its present state is kept."""
+        identity = training_identity((network, self._bank.network), self._train, plan.hash)
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        return self._recovered / f"{plan.hash}-{digest}.safetensors"
+
     def _forget_checkpoints(self, plan: Plan) -> None:
         for checkpoint in self._recovered.glob(f"{plan.hash}*.checkpoint"):
             shutil.rmtree(checkpoint)
@@ -230,15 +243,16 @@ class Builder:
         inputs = [x[:_RANGE_SAMPLES].numpy() for x in self._calibration]
         quantized = quantize(floating, inputs, self._profile)
         stock = list(plan.of(StockQuantizer.technique).values())
-        if not stock or stock[0] == technique_of(stock[0]).identity:
+        choice = stock[0] if stock else None
+        if not isinstance(choice, StockQuantizer) or choice.mode == "none":
             return quantized.model, quantized.labels
-        assert isinstance(stock[0], StockQuantizer)
-        options = StockOptions(**stock[0].model_dump())
-        target = self._artifacts / f"{plan.hash}.stock.onnx"
-        self._stock(quantized.model, target, options)
-        model = onnx.load(target)
-        target.unlink()
-        return model, {"network": f"stock {options.mode} int8"}
+        options = StockOptions(
+            choice.mode, choice.per_channel, choice.signed_activations, choice.calibration
+        )
+        with tempfile.TemporaryDirectory(dir=self._artifacts.parent) as folder:
+            target = Path(folder) / "stock.onnx"
+            self._stock(quantized.model, target, options)
+            return onnx.load(target), {"network": f"stock {options.mode} int8"}
 
     def _stock(self, model: onnx.ModelProto, target: Path, options: StockOptions) -> None:
         inputs = [x[:_STOCK_SAMPLES].numpy() for x in self._calibration]
@@ -280,5 +294,8 @@ class Stopwatch:
     def step(self, name: str) -> Iterator[None]:
         """Time the body of a `with` statement."""
         start = self._clock()
-        yield
-        self.seconds[name] = round(self._clock() - start, 4)
+        try:
+            yield
+        finally:
+            spent = self.seconds.get(name, 0.0) + self._clock() - start
+            self.seconds[name] = round(spent, 4)

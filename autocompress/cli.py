@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from autocompress.errors import AutocompressError, NoFitError
+from autocompress.errors import AutocompressError, ConfigError, NoFitError
 
 _WIDTH = 100
 _BAD_INPUT, _NO_FIT, _INTERRUPTED = 2, 1, 130
@@ -103,6 +103,9 @@ def pick(  # noqa: PLR0913 - every parameter is an option of the command
         float | None, typer.Option(help="Percentage points lost on the test split.")
     ] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Size of the model file.")] = None,
+    max_download_bytes: Annotated[
+        int | None, typer.Option(help="Size of the model's coded container.")
+    ] = None,
     knee: Annotated[bool, typer.Option("--knee", help="Take the knee of the front.")] = False,
 ) -> None:
     """Hand out one model of a run with a JSON card that says what it is.
@@ -117,7 +120,7 @@ def pick(  # noqa: PLR0913 - every parameter is an option of the command
     from autocompress.report.pick import Limits
     from autocompress.report.pick import pick as choose
 
-    limits = Limits(max_latency_ms, min_speedup, max_drop, max_bytes)
+    limits = Limits(max_latency_ms, min_speedup, max_drop, max_bytes, max_download_bytes)
     choice = choose(read_front(run), limits, knee=knee)
     target = hand_out(run, choice, out)
     console = _console()
@@ -198,6 +201,12 @@ def decode(
     from autocompress.report.figures import byte_size
 
     target = out or container.with_suffix(".onnx")
+    if out is None and target.exists():
+        raise ConfigError(
+            "There is a file of that name already; it is not overwritten.",
+            given=target,
+            advice="say where the model is to go with --out",
+        )
     size = decode_file(container, target)
     _console().print(f"model: {target} ({byte_size(size)})", soft_wrap=True, highlight=False)
 

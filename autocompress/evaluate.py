@@ -10,6 +10,7 @@ from typing import Any, Literal, final
 
 from autocompress.build import Artifact, Builder, Stopwatch
 from autocompress.device import DeviceProfile, all_cores
+from autocompress.errors import ExportError
 from autocompress.files import write_json
 from autocompress.measure.client import Worker
 from autocompress.measure.measurement import Measurement
@@ -56,9 +57,9 @@ class Evaluation:
     latency: Measurement
     speedup: Measurement
     file_bytes: int
-    download_bytes: int | None
     peak_memory_bytes: int
     artifact: str
+    download_bytes: int | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -164,6 +165,7 @@ class Evaluator:
 
         Raises:
             MeasurementError: the file crashes or hangs the runtime.
+            ExportError: the file cannot be coded, and its coded size is an objective.
             WorkloadError: the metric fails or is not finite.
         """
         clock = Stopwatch()
@@ -175,13 +177,13 @@ class Evaluator:
             )
         with clock.step("memory"):
             memory = peak_memory_bytes(artifact.path, self._example, self._profile)
+        details = dict(artifact.details)
         download_bytes = None
         if final or self._coded:
             with clock.step("code"):
-                download_bytes = self._builder.code(artifact.path)
+                download_bytes = self._code(artifact.path, details)
         self._keep_samples(candidate, split, paired)
-        details = {
-            **artifact.details,
+        details |= {
             "load_average": paired.load_average,
             "clock_mhz": paired.clock_mhz,
             "latency_p95_ms": paired.candidate_p95_ms,
@@ -206,6 +208,20 @@ class Evaluator:
         """Build a candidate and take its figures on the search split."""
         artifact = self.build(plan)
         return self.measure(plan.hash, plan, artifact, "search", final=False)
+
+    def _code(self, model: Path, details: dict[str, Any]) -> int | None:
+        """The container's bytes; None, with the reason in the details, if there is no need of it.
+
+        Raises:
+            ExportError: the file cannot be coded, and the search goes by its coded size.
+        """
+        try:
+            return self._builder.code(model)
+        except ExportError as reason:
+            if self._coded:
+                raise
+            details["not_coded"] = str(reason)
+            return None
 
     def _metric(self, model: Path, split: SplitName) -> Measurement:
         data = self._split(split)

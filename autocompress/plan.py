@@ -108,7 +108,8 @@ def make_decision(decision: type[Decision], fields: dict[str, Any]) -> Decision:
             for name, schema in decision.model_json_schema()["properties"].items()
         }
         complaints = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in cause.errors()
+            ": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"])))
+            for e in cause.errors()
         )
         raise PlanError(
             f"A decision of technique '{decision.technique}' is not valid: {complaints}.",

@@ -159,6 +159,31 @@ def test_an_old_container_is_not_taken_for_a_new_file(builder: Builder) -> None:
     assert decode_model(model.with_suffix(".acz").read_bytes()) == model.read_bytes()
 
 
+def test_masks_of_a_pruning_in_rounds_come_back(builder: Builder) -> None:
+    wanted = plan(everywhere(WeightPrune(sparsity=0.5)), whole(Recover(epochs=2, pruning_rounds=2)))
+    fresh, again = (builder.network(wanted, Stopwatch()) for _ in range(2))
+    for name in LAYERS:
+        one, other = fresh.get_submodule(name), again.get_submodule(name)
+        assert torch.equal(one.weight, other.weight)
+        assert torch.equal(one.weight_mask, other.weight_mask)
+        assert not bool(other.weight[~other.weight_mask].any())
+
+
+@pytest.mark.parametrize("retrain", [Qat(epochs=1), TuneCodebooks(epochs=1)])
+def test_a_training_leaves_layers_of_the_other_kind_alone(
+    builder: Builder, retrain: Decision
+) -> None:
+    wanted = plan([Step("0", INT8), Step("3", Codebook(code_bits=4))], whole(retrain))
+    artifact = builder.build(wanted.hash, wanted)
+    assert artifact.details["layers"] == {"0": "int8", "3": "storage only"}
+
+
+def test_a_stock_quantizer_of_no_mode_does_nothing(builder: Builder) -> None:
+    idle = plan(whole(StockQuantizer(mode="none", per_channel=False)))
+    with pytest.raises(PlanError, match="void"):
+        builder.build(idle.hash, idle)
+
+
 @pytest.mark.parametrize(
     "steps",
     [

@@ -201,19 +201,24 @@ def _apply(
         unchanged = module is parts[0] and torch.equal(
             problem.weight, unfolded(bank.network.get_submodule(target))
         )
-        context = "" if unchanged else _context(problem, stitched, target, index)
+        context = "" if unchanged else _context(problem, stitched, parts[:index])
         variant = bank.solve(technique, decision, problem, context)
         installed = technique.install(parts[index], variant, decision, bank.multiple)
         network.set_submodule(target if module is parts[0] else f"{target}.{index}", installed)
 
 
-def _context(problem: LayerProblem, stitched: Stitched, target: str, index: int) -> str:
-    """What a solution depends on beside the original network and the decision."""
+def _context(problem: LayerProblem, stitched: Stitched, before: Sequence[nn.Module]) -> str:
+    """What a solution depends on beside the original network and the decision.
+
+    Args:
+        before: the parts whose outputs a part of a decomposed layer reads.
+    """
+    factor = getattr(before[0] if before else None, "input_factor", None)
     return make_key(
-        index,
         tuple(problem.weight.shape),
-        tensors_hash((problem.weight,)),
-        stitched.removed.get((target, "in"), []),
+        tensors_hash((problem.weight, *(unfolded(part) for part in before))),
+        "" if factor is None else tensors_hash((factor,)),
+        stitched.removed.get((problem.layer.name, "in"), []),
     )
 
 
@@ -243,7 +248,7 @@ def _current_problem(
         gradients = None
         layer = bank.graph.layer(name)
         statistics = statistics and part_statistics(layer, parts, index, statistics)
-    bias = cast("Tensor | None", part.bias)
+    bias, mask = cast("Tensor | None", part.bias), getattr(part, "weight_mask", None)
     return LayerProblem(
         layer=part_layer(bank.graph.layer(name), part),
         weight=unfolded(part),
@@ -252,4 +257,5 @@ def _current_problem(
         free_bias=part is parts[-1] and bank.has_free_bias(name),
         multiple=bank.multiple,
         gradients=gradients,
+        mask=mask.reshape(len(mask), -1) if isinstance(mask, Tensor) else None,
     )

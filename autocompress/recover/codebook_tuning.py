@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from autocompress.bank.store import tensors_hash
 from autocompress.errors import PlanError
+from autocompress.recover.frozen import frozen_weights
 from autocompress.recover.recovery import (
     RecoveryContext,
     recovery_settings,
@@ -63,7 +64,7 @@ def tune_codebooks(
             (network, teacher), split, "tune_codebooks", tensors_hash(tuple(held)),
             decision.model_dump(mode="json"), context.class_scores,
         )  # fmt: skip
-    with shared_codebooks(network):
+    with frozen_weights(network, "integer_weight"), shared_codebooks(network):
         surroundings = TrainingContext(context.folder, identity, context.advance)
         return train(network, split, loss, settings, surroundings)
 

@@ -13,6 +13,7 @@ from torch import nn
 from autocompress.bank.store import make_key, network_hash, tensors_hash
 from autocompress.errors import PlanError, WorkloadError
 from autocompress.recover.distillation import LabelLoss, ResponseLoss, ResponseTerm, Teacher
+from autocompress.recover.frozen import frozen_weights
 from autocompress.recover.quantizers import (
     FLOAT_BITS,
     GradientRounding,
@@ -84,7 +85,10 @@ def train_quantized(
         gradients.generator.manual_seed(derived_seed(context.seed, "gradients", step))
 
     surroundings = TrainingContext(context.folder, identity, context.advance, reseed)
-    with fake_quantized(network, calibration, gradients):
+    with (
+        frozen_weights(network, "codebook_weight"),
+        fake_quantized(network, calibration, gradients),
+    ):
         return train(network, split, loss, settings, surroundings)
 
 

@@ -22,6 +22,8 @@ __all__ = [
 _TEXTS = ("candidate", "role", "artifact", "plan_hash")
 _FLAGS = ("on_front", "trusted")
 _BYTES = ("file_bytes", "download_bytes", "peak_memory_bytes")
+# Fronts of earlier versions lack these.
+_LATER = ("download_bytes",)
 _FIX = "let `autocompress search` write the file; it is not meant to be edited"
 
 
@@ -33,6 +35,7 @@ def typed_front(frame: pd.DataFrame) -> pd.DataFrame:
     Raises:
         RunFolderError: a column is missing, or holds what its type does not allow.
     """
+    frame = frame.assign(**{n: np.nan for n in _LATER if n not in frame.columns})
     missing = [name for name in COLUMNS if name not in frame.columns]
     if missing:
         raise RunFolderError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final, final
 
 import numpy as np
@@ -40,6 +40,7 @@ class Limits:
         min_speedup: times faster than the original network.
         max_drop: percentage points lost on the test split.
         max_bytes: size of the model file, in bytes.
+        max_download_bytes: size of its coded container, in bytes.
 
     Raises:
         ConfigError: a limit that nothing could meet (not above zero) or that is no number.
@@ -49,9 +50,10 @@ class Limits:
     min_speedup: float | None = None
     max_drop: float | None = None
     max_bytes: int | None = None
+    max_download_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_latency_ms", "min_speedup", "max_drop", "max_bytes"):
+        for name in (field.name for field in fields(self)):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -120,7 +122,8 @@ def pick(frame: pd.DataFrame, limits: Limits, *, knee: bool = False) -> Choice:
     if not (limits.given or knee):
         raise ConfigError(
             "There are many models on a front; picking one needs a wish.",
-            allowed="--max-latency-ms, --min-speedup, --max-drop, --max-bytes or --knee",
+            allowed="--max-latency-ms, --min-speedup, --max-drop, --max-bytes, "
+            "--max-download-bytes or --knee",
             advice="for a good compromise give --knee",
         )
     rows = front_rows(frame)
@@ -155,6 +158,7 @@ def _rules(limits: Limits) -> list[_Rule]:
         ("speed-up", "speedup", limits.min_speedup, -1, lambda value: f"{value:.3g}x"),
         ("drop", "drop_test_pp", limits.max_drop, 1, lambda v: f"{v:.3g} points"),
         ("file", "file_bytes", limits.max_bytes, 1, figures.byte_size),
+        ("download", "download_bytes", limits.max_download_bytes, 1, figures.byte_size),
     )
     return [
         _Rule(label, column, limit, sign, text)

@@ -32,6 +32,8 @@ from autocompress.search.progress import Progress
 from autocompress.search.run_folder import Identity, RunFolder
 from autocompress.search.space import Space, build_space
 from autocompress.techniques import GroupTechnique, LayerTechnique, Stage, technique_of
+from autocompress.techniques.qat import Qat
+from autocompress.techniques.recovery import Recover
 from autocompress.workload import Workload, check_workload, load_workload
 
 # On so many calibration samples PyTorch and ONNX are compared.
@@ -125,6 +127,21 @@ def check_training_data(space: Space, workload: Workload) -> None:
             given=", ".join(names),
             advice="give Workload(train=Split(inputs, targets)); distillation needs no targets",
         )
+    unlabeled = workload.train is not None and workload.train.targets is None
+    supervised = [d for p in trained for d in p.decisions if _needs_labels(d)]
+    if unlabeled and supervised:
+        raise ConfigError(
+            "The search space offers to learn from labels, and the train split has no targets.",
+            given=supervised[0].model_dump(mode="json"),
+            allowed="method response, feature or response_feature; distil true",
+            advice="give the train split targets, or distil",
+        )
+
+
+def _needs_labels(decision: Decision) -> bool:
+    return (isinstance(decision, Recover) and decision.method == "fine_tune") or (
+        isinstance(decision, Qat) and not decision.distil
+    )
 
 
 def shuffle_calibration(workload: Workload) -> Workload:

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import final
 
 from autocompress.build import Artifact, Builder
-from autocompress.errors import DeviceError, ExportError, MeasurementError, SearchError
+from autocompress.errors import (
+    DeviceError,
+    ExportError,
+    MeasurementError,
+    PlanError,
+    SearchError,
+)
 from autocompress.evaluate import Evaluation, Evaluator, SplitName
 from autocompress.files import write_json
 from autocompress.plan import Plan
@@ -134,9 +140,9 @@ class _Search:
         ):
             proposal = self._study.propose()
             if proposal is None:
-                most = self._prepared.space.size - 1
                 self._progress.note(
-                    f"the search space is used up: {self._study.finished} of {most:.0f} plans tried"
+                    f"no new plan was found: {self._study.finished} were tried, and what is left "
+                    "of the search space, if anything, is too rare to be drawn"
                 )
                 break
             self._folder.save_plan(proposal.plan)
@@ -187,7 +193,7 @@ class _Search:
                 continue
             try:
                 found = self._judge_one(finalist)
-            except MeasurementError as reason:
+            except (MeasurementError, ExportError, PlanError) as reason:
                 # It stays a candidate with the figures of the search.
                 self._progress.note(f"finalist {finalist.candidate} failed: {reason}")
                 continue
@@ -208,7 +214,7 @@ class _Search:
     def _one_final_s(self) -> float:
         """About how long one finalist takes, from the reference points' own final judging."""
         seconds = [
-            sum(e.seconds[step] for step in ("metric", "latency", "memory"))
+            sum(e.seconds.get(step, 0.0) for step in ("metric", "latency", "memory", "code"))
             for e in self._judged
             if e.candidate in REFERENCES
         ]

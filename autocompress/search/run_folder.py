@@ -21,6 +21,8 @@ from autocompress.files import write_json, write_whole
 from autocompress.plan import Plan
 
 _EXPERIMENT, _DEVICE = "experiment.yaml", "device.json"
+# Counted up whenever a study of an earlier version could not be gone on with.
+_FORMAT = 2
 # These may change from one call to the next: they say how long to search, not what for.
 _LIMITS = ("trials", "time_s", "finalists")
 
@@ -45,6 +47,7 @@ class Identity:
     def resolved(self) -> dict[str, Any]:
         """Plain values for `experiment.yaml`."""
         return {
+            "format": _FORMAT,
             "experiment": self.experiment.model_dump(mode="json"),
             "search_space": self.space.model_dump(mode="json"),
             "device_profile": self.profile.model_dump(mode="json"),

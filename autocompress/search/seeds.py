@@ -17,14 +17,14 @@ _FEW_GROUPS = 12
 def uniform_seeds(space: Space) -> list[Indices]:
     """Parameter values of the starting plans, the most telling first; none twice.
 
-    With the strongest quantization of the first technique that the space names: pruning,
+    With the fastest quantization of the first technique that the space names: pruning,
     decomposition and sparsity at every level all over the network, pruning also of uncoupled groups
     only, which costs less accuracy for the same speed, and, where there are few groups, of each
     group alone at its mildest. Without it: pruning at every level. Every other way to quantize, and
     every choice for the network as a whole, alone.
     """
     quantized = _everywhere(_of_stage(space, Stage.QUANTIZE))
-    first = _strongest_of_first_technique(quantized)
+    first = _fastest_of_first_technique(quantized)
     pruned = _of_stage(space, Stage.PRUNE)
     inner = [p for p in pruned if "+" not in p.target]
     alone = [{p.name: 1} for p in pruned] if len(pruned) <= _FEW_GROUPS else []
@@ -61,9 +61,12 @@ def _everywhere(parameters: Sequence[Parameter]) -> dict[Decision, Indices]:
     return found
 
 
-def _strongest_of_first_technique(found: dict[Decision, Indices]) -> Indices:
+def _fastest_of_first_technique(found: dict[Decision, Indices]) -> Indices:
+    """Of the decisions with the narrowest inputs, which decide the kernel, the mildest."""
     first = [d for d in found if d.technique == next(iter(found)).technique]
-    return found[first[-1]] if first else {}
+    if not first:
+        return {}
+    return found[min(first, key=lambda d: int(d.model_dump().get("activation_bits", 0)))]
 
 
 def _levels(parameters: Sequence[Parameter]) -> Iterator[Indices]:

@@ -113,18 +113,26 @@ def _choices(
 def _offered(
     technique: Technique, fields: Mapping[str, Sequence[Any]], space: str
 ) -> tuple[Decision, ...]:
-    """Every combination of the values that a space names, as decisions."""
-    try:
-        return tuple(
-            make_decision(technique.decision, dict(zip(fields, values, strict=True)))
-            for values in itertools.product(*fields.values())
-        )
-    except PlanError as cause:
-        raise ConfigError(
-            f"The search space '{space}' has a value that its technique refuses. {cause.what}",
-            given=cause.given,
-            allowed=cause.allowed,
-        ) from cause
+    """Every combination of the values that a space names, as decisions.
+
+    Combinations that the technique refuses are left out, if each value is in one that it takes.
+    """
+    found: list[Decision] = []
+    refused: list[tuple[dict[str, Any], PlanError]] = []
+    for values in itertools.product(*fields.values()):
+        chosen = dict(zip(fields, values, strict=True))
+        try:
+            found.append(make_decision(technique.decision, chosen))
+        except PlanError as complaint:
+            refused.append((chosen, complaint))
+    for chosen, reason in refused:
+        if any(all(getattr(d, k, None) != v for d in found) for k, v in chosen.items()):
+            raise ConfigError(
+                f"The search space '{space}' has a value that its technique refuses. {reason.what}",
+                given=reason.given,
+                allowed=reason.allowed,
+            ) from reason
+    return tuple(found)
 
 
 def _excluded(name: str, patterns: Sequence[str]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autocompress.errors import ConfigError
-from autocompress.plan import Decision, Plan, plan_from_rows
+from autocompress.plan import Decision, Plan, Step, plan_from_rows
 from autocompress.techniques.codebook import CODEBOOK
 from autocompress.techniques.codebook_tuning import TUNE_CODEBOOKS
 from autocompress.techniques.entropy_grid import ENTROPY_GRID
@@ -17,7 +17,7 @@ from autocompress.techniques.low_rank import LOW_RANK
 from autocompress.techniques.precision import PRECISION
 from autocompress.techniques.qat import QAT
 from autocompress.techniques.recovery import RECOVER
-from autocompress.techniques.stock import STOCK_QUANTIZER
+from autocompress.techniques.stock import STOCK_QUANTIZER, StockQuantizer
 from autocompress.techniques.technique import (
     NETWORK,
     GroupTechnique,
@@ -76,26 +76,38 @@ def read_plan(rows: Sequence[Mapping[str, Any]]) -> Plan:
 
 
 def consistent(plan: Plan) -> Plan:
-    """A plan without steps that another one makes void.
+    """A plan without steps that another one makes void, or that have nothing to work on.
 
-    A quantizer of the whole network leaves nothing to quantize layer by layer, and training of
-    quantized weights needs layers of the kind that it trains.
+    A quantizer of the whole network leaves nothing to quantize layer by layer, and then nothing to
+    train afterwards; training of quantized weights needs layers of the kind that it trains;
+    equalization serves quantization only.
     """
-    stages = {
-        (technique_of(s.decision).stage, s.target == NETWORK, s.decision.technique)
-        for s in plan.steps
+    working = [s for s in plan.steps if not _does_nothing(s.decision)]
+    whole = any(_quantizes_network(s) for s in working)
+    single = {
+        s.decision.technique
+        for s in working
+        if technique_of(s.decision).stage is Stage.QUANTIZE and s.target != NETWORK
     }
-    whole = any(stage is Stage.QUANTIZE and network for stage, network, _ in stages)
-    single = {name for stage, network, name in stages if stage is Stage.QUANTIZE and not network}
 
     def stays(technique: Technique) -> bool:
         if technique.stage is Stage.QUANTIZE and not isinstance(technique, NetworkTechnique):
             return not whole
         if technique.stage is Stage.RETRAIN and isinstance(technique, NetworkTechnique):
             return not whole and bool(single & set(technique.trains))
-        return True
+        return technique.stage is not Stage.EQUALIZE or whole or bool(single)
 
-    return Plan(tuple(s for s in plan.steps if stays(technique_of(s.decision))))
+    return Plan(tuple(s for s in working if stays(technique_of(s.decision))))
+
+
+def _does_nothing(decision: Decision) -> bool:
+    return decision == technique_of(decision).identity or (
+        isinstance(decision, StockQuantizer) and decision.mode == "none"
+    )
+
+
+def _quantizes_network(step: Step) -> bool:
+    return step.target == NETWORK and technique_of(step.decision).stage is Stage.QUANTIZE
 
 
 __all__ = [

@@ -21,7 +21,6 @@ from autocompress.techniques.rounding import (
     feedback_of,
     fitted_ratio,
     output_error,
-    pruned,
     round_with_feedback,
 )
 from autocompress.techniques.technique import (
@@ -129,7 +128,7 @@ def _solve(problem: LayerProblem, decision: Decision) -> Variant:
     size = _size(problem.layer, decision)
     weight = problem.weight
     feedback = feedback_for(problem, size.width)
-    frozen = pruned(weight).reshape(len(weight), -1, size.width).all(2)
+    frozen = problem.frozen.reshape(len(weight), -1, size.width).all(2)
     scale = row_scale(weight)
     vectors = (weight / scale).reshape(-1, size.width)
     cost = vector_cost(scale, feedback, size.width)

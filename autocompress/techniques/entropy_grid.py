@@ -24,7 +24,6 @@ from autocompress.techniques.codebook import feedback_for
 from autocompress.techniques.rounding import (
     Feedback,
     fitted_ratio,
-    pruned,
     round_with_feedback,
 )
 from autocompress.techniques.technique import (
@@ -107,7 +106,7 @@ def _solve(problem: LayerProblem, decision: Decision) -> Variant:
     largest = weight.abs().amax(1, keepdim=True).clamp(min=1e-12)
     scale = decision.step * steps(problem, feedback)
     scale = torch.maximum(torch.minimum(scale, _WIDEST * largest), largest / _LARGEST)
-    codes = _codes(weight, scale, feedback, decision.rate_weight * _SLOPE)
+    codes = _codes(problem, scale, feedback, decision.rate_weight * _SLOPE)
     scale = scale * fitted_ratio(weight, scale * codes, feedback)
     shift = torch.zeros(len(weight))
     if problem.statistics is not None:
@@ -115,7 +114,7 @@ def _solve(problem: LayerProblem, decision: Decision) -> Variant:
     return {"weight": scale * codes, "scale": scale, "shift": shift}
 
 
-def _codes(weight: Tensor, scale: Tensor, feedback: Feedback, price: float) -> Tensor:
+def _codes(problem: LayerProblem, scale: Tensor, feedback: Feedback, price: float) -> Tensor:
     """Integers, shape (out, in), with a small sum of squared errors and priced bits.
 
     A code costs as many bits as the layer's codes take that are rounded without a price. The
@@ -124,7 +123,7 @@ def _codes(weight: Tensor, scale: Tensor, feedback: Feedback, price: float) -> T
     Args:
         price: of a bit, in squared steps.
     """
-    frozen = pruned(weight)
+    weight, frozen = problem.weight, problem.frozen
     plain = (weight / scale).round().clamp(-_LARGEST, _LARGEST)
     bits = _code_bits(plain[~frozen]) * price
     # An error's own cost is its pivot; but what is fed back enlarges later codes.

@@ -154,18 +154,21 @@ def _solve(problem: LayerProblem, decision: Decision) -> Variant:
     if decision.rounding == "nearest":
         rounded = grid.nearest(weight, scale)
     else:
-        rounded, scale = _gptq(weight, grid, scale, feedback_of(moment))
+        rounded, scale = _gptq(problem, grid, scale, feedback_of(moment))
     shift = (weight - rounded).double() @ statistics.mean
     return {"weight": rounded, "scale": scale, "shift": shift.float()}
 
 
-def _gptq(weight: Tensor, grid: Grid, scale: Tensor, feedback: Feedback) -> tuple[Tensor, Tensor]:
+def _gptq(
+    problem: LayerProblem, grid: Grid, scale: Tensor, feedback: Feedback
+) -> tuple[Tensor, Tensor]:
     """GPTQ on the best of a few grids, by row, or for all rows where they share their scale."""
-    best = gptq(weight, grid, scale, feedback)
+    weight, frozen = problem.weight, problem.frozen
+    best = gptq(weight, grid, scale, feedback, frozen)
     error = output_error(weight - best, feedback)
     best_scale = scale
     for wider in _WIDER[1:] if grid.bits <= _FEW_BITS else ():
-        found = gptq(weight, grid, scale * wider, feedback)
+        found = gptq(weight, grid, scale * wider, feedback, frozen)
         found_error = output_error(weight - found, feedback)
         better = found_error < error
         if grid.per_tensor:

@@ -46,5 +46,5 @@ QAT = NetworkTechnique(
     stage=Stage.RETRAIN,
     identity=Qat(epochs=0),
     choices=_choices,
-    trains=("precision",),
+    trains=("precision", "entropy_grid"),
 )

@@ -21,8 +21,6 @@ _COARSE_RATIOS = torch.linspace(0.10, 1.0, 46)
 _BLOCK = 128
 _SMALLEST_PEAK = 1e-12
 _SMALLEST_POWER = 1e-30
-# From this share of exact zeros on they are taken for pruned weights.
-_PRUNED_SHARE = 0.1
 
 Rounder = Callable[[slice, Tensor, Tensor], Tensor]
 
@@ -176,16 +174,20 @@ def round_with_feedback(
     return result
 
 
-def gptq(weight: Tensor, grid: Grid, scale: Tensor, feedback: Feedback) -> Tensor:
+def gptq(
+    weight: Tensor, grid: Grid, scale: Tensor, feedback: Feedback, frozen: Tensor | None = None
+) -> Tensor:
     """Weights on the grid with a small error of the output, shape (out, in).
 
-    Rows for which the nearest grid points are better keep those. Pruned weights stay zero.
+    Rows for which the nearest grid points are better keep those.
 
     Args:
         scale: shape (out, groups), fixed before any column is rounded.
+        frozen: which weights are zero and stay so, shape of weight, bool.
     """
     steps = grid.expand(scale, weight.shape[1])[:, feedback.order]
-    alive = ~pruned(weight)[:, feedback.order]
+    frozen = torch.zeros_like(weight, dtype=torch.bool) if frozen is None else frozen
+    alive = ~frozen[:, feedback.order]
 
     def rounder(part: slice, target: Tensor, block: Tensor) -> Tensor:
         step = steps[:, part]
@@ -212,12 +214,3 @@ def fitted_ratio(weight: Tensor, rounded: Tensor, feedback: Feedback) -> Tensor:
     given = rounded[:, feedback.order].float() @ feedback.factor
     ratio = (wanted * given).sum(1) / given.square().sum(1).clamp(min=_SMALLEST_POWER)
     return torch.where(ratio > 0, ratio, 1.0)[:, None]
-
-
-def pruned(weight: Tensor) -> Tensor:
-    """Which weights were pruned before, shape of weight, bool.
-
-    A mask is not known here: exact zeros are taken for pruned where they are more than a tenth.
-    """
-    zero = weight == 0
-    return zero if float(zero.float().mean()) > _PRUNED_SHARE else torch.zeros_like(zero)

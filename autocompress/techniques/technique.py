@@ -98,6 +98,7 @@ class LayerProblem:
         free_bias: whether a constant shift of the output is absorbed, by a bias or a batch norm.
         multiple: channel counts that the device rewards are multiples of this.
         gradients: None unless the technique asked for them, and for grouped convolutions.
+        mask: which weights a pruning of single weights left, shape of weight, bool; None is all.
     """
 
     layer: Layer
@@ -107,6 +108,12 @@ class LayerProblem:
     free_bias: bool
     multiple: int
     gradients: LayerGradients | None = None
+    mask: Tensor | None = None
+
+    @property
+    def frozen(self) -> Tensor:
+        """Which weights were pruned and stay zero, shape of weight, bool."""
+        return torch.zeros_like(self.weight, dtype=torch.bool) if self.mask is None else ~self.mask
 
 
 @final

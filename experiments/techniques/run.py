@@ -151,7 +151,8 @@ class Bench:
         kept = self._folder / f"{name}.json"
         if kept.is_file():
             found = Evaluation.from_dict(json.loads(kept.read_text(encoding="utf-8")))
-            if found.plan == tuple(plan.to_rows()):
+            same = found.plan == tuple(plan.to_rows())
+            if same and found.latency.device == self.evaluator.device:
                 return found
         artifact = self.evaluator.build(plan) if plan.steps else self.evaluator.build_original()
         found = self.evaluator.measure(name, plan, artifact, "test", final=False)
@@ -163,7 +164,7 @@ def table(original: Evaluation, rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
         "| technique | strength | accuracy | recovered | speed-up | file | coded | peak memory "
-        "| solved in | runs as |",
+        "| put together in | runs as |",
         "|---|---|---|---|---|---|---|---|---|---|",
         _line("original", "", original.to_dict(), None),
     ]
@@ -177,7 +178,7 @@ def _line(name: str, strength: str, before: Any, after: Any) -> str:
     speedup, seconds = before["speedup"], before["seconds"]
     solved = sum(v for k, v in seconds.items() if k in ("stitch", "round", "equalize"))
     kinds = sorted(set(before["details"].get("layers", {}).values()))
-    recovered = "" if after is None or isinstance(after, str) else _percent(after)
+    recovered = "" if after is None else _percent(after)
     cells = [
         name, strength, _percent(before), recovered,
         f"{speedup['value']:.2f}x [{speedup['ci_low']:.2f}, {speedup['ci_high']:.2f}]",
@@ -188,7 +189,9 @@ def _line(name: str, strength: str, before: Any, after: Any) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _percent(evaluation: Mapping[str, Any]) -> str:
+def _percent(evaluation: Mapping[str, Any] | str) -> str:
+    if isinstance(evaluation, str):
+        return f"failed: {evaluation.splitlines()[0]}"
     return f"{100 * evaluation['metric']['value']:.2f} %"
 
 
@@ -212,7 +215,7 @@ def main() -> None:
             print(f"[{number}/{len(rows)}] {row.name} {row.strength}", flush=True)
             measured.append(bench.row(row))
             print(_line(row.name, row.strength, measured[-1]["before"], measured[-1]["after"]))
-    if not arguments.only and arguments.rows == HERE / "rows.yaml":
+    if not arguments.only and arguments.rows.resolve() == HERE / "rows.yaml":
         readme = HERE / "README.md"
         head, _, rest = readme.read_text(encoding="utf-8").partition(TABLE_BEGIN)
         tail = rest.partition(TABLE_END)[2]

@@ -10,15 +10,19 @@ import torch.nn.functional as F
 from networks import NAMES, SAMPLES, assemble, bank_of, graph_of, make_case, new_bank, run
 from torch import Tensor, nn
 
+from autocompress.bank import stitch
 from autocompress.bank.statistics import unfold_inputs
 from autocompress.errors import PlanError
 from autocompress.graph.groups import remove_channels
 from autocompress.plan import Decision, Plan, Step
 from autocompress.recover import BatchNormRepair
+from autocompress.techniques.codebook import Codebook
+from autocompress.techniques.entropy_grid import EntropyGrid
 from autocompress.techniques.filter_prune import FILTER_PRUNE, FilterPrune
 from autocompress.techniques.low_rank import LowRank
 from autocompress.techniques.precision import Precision
 from autocompress.techniques.reconstruction import DAMPING
+from autocompress.techniques.weight_prune import WeightPrune
 
 
 def plan(**steps: Decision | Sequence[Decision]) -> Plan:
@@ -235,3 +239,34 @@ def test_the_order_of_the_steps_does_not_matter() -> None:
     bank = bank_of("residual")
     one, other = (assemble(bank, Plan(tuple(s))).network for s in (steps, steps[::-1]))
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in one.state_dict().items())
+
+
+def test_a_part_is_solved_for_the_part_before_it_and_not_for_another(tmp_path) -> None:
+    """The second part of a decomposed layer reads the first, which one plan prunes more."""
+
+    def sparse(sparsity: float) -> Plan:
+        return plan(block1__conv1=(LowRank(rank_ratio=0.5), WeightPrune(sparsity=sparsity)))
+
+    fresh = stitch(new_bank("residual", tmp_path / "one"), sparse(0.5)).network
+    bank = new_bank("residual", tmp_path / "other")
+    stitch(bank, sparse(0.9))
+    later = stitch(bank, sparse(0.5)).network
+    for one, other in zip(fresh.state_dict().values(), later.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "decision",
+    [
+        Precision(weight_bits=4, activation_bits=32),
+        Codebook(code_bits=4),
+        EntropyGrid(step=0.5),
+    ],
+    ids=lambda d: d.technique,
+)
+@pytest.mark.parametrize("sparsity", [0.05, 0.6])
+def test_pruned_weights_stay_zero_when_they_are_quantized(decision, sparsity: float) -> None:
+    steps = plan(block1__conv1=(WeightPrune(sparsity=sparsity), decision))
+    layer = assemble(bank_of("residual"), steps).network.block1.conv1
+    assert float((~layer.weight_mask).float().mean()) == pytest.approx(sparsity, abs=0.02)
+    assert not bool(layer.weight[~layer.weight_mask].any())

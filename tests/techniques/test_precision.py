@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from networks import assemble, bank_of, graph_of, make_device, run
@@ -172,6 +174,7 @@ def test_pruned_weights_stay_zero() -> None:
     gone = torch.rand(6, 40, generator=torch.Generator().manual_seed(0)) < 0.5
     weight[gone] = 0
     problem = problem_of(weight, correlated_rows(200, 40, 3), free_bias=True)
+    problem = replace(problem, mask=~gone)
     for bits in (2, 4):
         decision = Precision(weight_bits=bits, activation_bits=32)
         assert bool((PRECISION.solve(problem, decision)["weight"][gone] == 0).all())

@@ -37,7 +37,7 @@ def encode_file(source: Path, target: Path) -> CodedSizes:
             given=source,
             advice="report this with the file: it is a defect of autocompress",
         )
-    write_whole(target, container)
+    _write(target, container)
     return sizes
 
 
@@ -51,7 +51,7 @@ def decode_file(source: Path, target: Path, limit_bytes: int = DEFAULT_LIMIT_BYT
         ExportError: `source` cannot be read or is malformed, or its file larger than the limit.
     """
     data = decode_model(_read(source), limit_bytes)
-    write_whole(target, data)
+    _write(target, data)
     return len(data)
 
 
@@ -80,6 +80,15 @@ def load_coded(
             f"ONNX Runtime cannot load the decoded model: {cause}",
             given=path,
             advice="tensors in files beside the model cannot be loaded from a container",
+        ) from cause
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        write_whole(path, data)
+    except OSError as cause:
+        raise ExportError(
+            f"The file cannot be written: {cause}", given=path, advice="give another --out"
         ) from cause
 
 
