@@ -38,7 +38,7 @@ def group_of(*problems: LayerProblem, per_channel: int = 1) -> GroupProblem:
         for i in range(len(problems))
     ]
     group = ChannelGroup("group", size, tuple(members))
-    return GroupProblem(group, tuple(zip(problems, members, strict=True)))
+    return GroupProblem(group, (), tuple(zip(problems, members, strict=True)))
 
 
 def correlated_rows(count: int, columns: int, seed: int) -> Tensor:
