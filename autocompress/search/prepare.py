@@ -30,7 +30,7 @@ from autocompress.measure.runtime import runtime_for
 from autocompress.plan import Decision
 from autocompress.search.progress import Progress
 from autocompress.search.run_folder import Identity, RunFolder
-from autocompress.search.space import Space, build_space
+from autocompress.search.space import Space, build_space, unused_values
 from autocompress.techniques import GroupTechnique, LayerTechnique, Stage, technique_of
 from autocompress.techniques.qat import Qat
 from autocompress.techniques.recovery import Recover
@@ -94,6 +94,12 @@ def prepare(path: Path, options: Options, progress: Progress) -> Prepared:
     graph = trace(workload.network, workload.example_inputs)
     space = build_space(graph, space_file, profile)
     check_training_data(space, workload)
+    unused = unused_values(space_file, space)
+    if unused:
+        progress.note(
+            "not searched, because no layer takes it, the device has no kernel for it, or it makes "
+            "nothing cheaper: " + "; ".join(unused)
+        )
     progress.stage("export network")
     parity = tuple(x[:_PARITY_SAMPLES] for x in workload.calibration.inputs)
     exporter = Exporter(workload.network, graph, workload.example_inputs, parity)

@@ -100,6 +100,18 @@ def build_space(graph: NetworkGraph, space: SearchSpace, device: DeviceProfile) 
     return Space(tuple(Parameter(stage, target, d) for (stage, target), d in found.items()))
 
 
+def unused_values(space: SearchSpace, built: Space) -> list[str]:
+    """Values that a search space file names and no layer, group or network takes, as texts."""
+    taken = [d for p in built.parameters for d in p.decisions]
+    return [
+        f"{name} {field} {value}"
+        for name, fields in space.techniques.items()
+        for field, values in fields.items()
+        for value in values
+        if not any(d.technique == name and getattr(d, field) == value for d in taken)
+    ]
+
+
 def _choices(
     technique: Technique, graph: NetworkGraph, offered: tuple[Decision, ...], device: DeviceProfile
 ) -> dict[str, tuple[Decision, ...]]:

@@ -9,7 +9,7 @@ from autocompress.device import load_profile
 from autocompress.errors import ConfigError
 from autocompress.graph import trace
 from autocompress.search.seeds import uniform_seeds
-from autocompress.search.space import build_space
+from autocompress.search.space import build_space, unused_values
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,24 @@ def test_ratios_that_give_the_same_channel_count_are_offered_once(graph):
     space = space_of(graph, {"filter_prune": {"pruning_ratio": [0.01, 0.24, 0.25, 0.26, 0.5]}})
     ratios = [d.pruning_ratio for d in space.parameters[0].decisions]
     assert ratios == [0.24, 0.5]
+
+
+def test_values_that_nothing_takes_are_named(graph):
+    techniques = {
+        "precision": {"weight_bits": [8], "activation_bits": [16, 8]},
+        "filter_prune": {"pruning_ratio": [0.5]},
+    }
+    file = SearchSpace(version=1, name="mine", techniques=techniques)
+    built = build_space(graph, file, load_profile("cpu"))
+    assert unused_values(file, built) == ["precision activation_bits 16"]
+
+
+def test_combinations_that_are_refused_are_left_out_if_their_values_are_in_others(graph):
+    mixed = {"weight_bits": [8, 4], "activation_bits": [8, 32], "granularity": ["channel", "group"]}
+    decisions = {d for p in space_of(graph, {"precision": mixed}).parameters for d in p.decisions}
+    kinds = {(d.weight_bits, d.activation_bits, d.granularity) for d in decisions}
+    assert (8, 8, "channel") in kinds and (4, 32, "group") in kinds
+    assert (8, 8, "group") not in kinds
 
 
 def test_excluded_targets_are_left_out(graph):
