@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from autocompress.bank.store import make_key, network_hash, tensors_hash
+from autocompress.bank.store import tensors_hash
 from autocompress.errors import PlanError, WorkloadError
-from autocompress.recover.distillation import LabelLoss, ResponseLoss, ResponseTerm, Teacher
+from autocompress.recover.distillation import LabelLoss
 from autocompress.recover.frozen import frozen_weights
 from autocompress.recover.quantizers import (
     FLOAT_BITS,
@@ -21,7 +21,12 @@ from autocompress.recover.quantizers import (
     integer_weight,
     quantized_layers,
 )
-from autocompress.recover.recovery import RecoveryContext
+from autocompress.recover.recovery import (
+    RecoveryContext,
+    held_out,
+    response_loss,
+    training_identity,
+)
 from autocompress.recover.schedule import derived_seed
 from autocompress.recover.training import train
 from autocompress.recover.training_types import (
@@ -35,7 +40,6 @@ from autocompress.techniques.qat import Qat
 from autocompress.workload import Split
 
 _TEMPERATURE = 4.0
-_HOLDOUT_SHARE, _HOLDOUT = 0.1, 1000
 # In the last part the weights learn to live with the norms' statistics that will be folded.
 _NORMS_FROZEN_FROM = 0.7
 
@@ -94,9 +98,7 @@ def train_quantized(
 
 def _make_loss(teacher: nn.Module, split: Split, decision: Qat, context: RecoveryContext) -> Loss:
     if decision.distil:
-        remembered = split.inputs if decision.epochs > 1 else None
-        response = ResponseTerm(_TEMPERATURE, context.class_scores)
-        return ResponseLoss(Teacher(teacher, remembered), response)
+        return response_loss(teacher, split, decision.epochs, _TEMPERATURE, context)
     if split.targets is None:
         raise WorkloadError(
             "Quantization-aware training on labels needs targets, but the train split has none.",
@@ -114,7 +116,7 @@ def _settings(
     return TrainingSettings(
         epochs=decision.epochs,
         learning_rate=decision.learning_rate,
-        holdout=min(_HOLDOUT, int(_HOLDOUT_SHARE * samples)),
+        holdout=held_out(samples),
         norms_frozen_from=_NORMS_FROZEN_FROM,
         # A bf16 number has 8 bits of precision: it cannot tell a finer grid's levels apart.
         bf16=False if fine else context.bf16,
@@ -132,16 +134,15 @@ def _identity(
     decision, context = how
     if context.folder is None:
         return ""
-    data = (*split.inputs, *(() if split.targets is None else (split.targets,)), *calibration)
     layers = quantized_layers(network)
     buffers = tuple(b for layer in layers.values() for b in layer.buffers())
-    return make_key(
+    return training_identity(
+        (network, teacher),
+        split,
         "qat",
-        network_hash(network),
         {name: repr(integer_weight(layer)) for name, layer in layers.items()},
         tensors_hash(buffers),
-        network_hash(teacher),
-        tensors_hash(data),
+        tensors_hash(calibration),
         decision.model_dump(mode="json"),
         context.class_scores,
     )

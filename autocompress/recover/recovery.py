@@ -145,7 +145,7 @@ def recovery_settings(
     samples: int, epochs: float, learning_rate: float, context: RecoveryContext
 ) -> TrainingSettings:
     """The settings for a train split of so many samples, some of which are held out."""
-    holdout = min(_HOLDOUT, int(_HOLDOUT_SHARE * samples))
+    holdout = held_out(samples)
     patience = max(_LEAST_PATIENCE, round(_PATIENCE_SHARE * epochs))
     return TrainingSettings(
         epochs=epochs,
@@ -155,3 +155,8 @@ def recovery_settings(
         bf16=context.bf16,
         seed=context.seed,
     )
+
+
+def held_out(samples: int) -> int:
+    """How many of a split's samples only judge."""
+    return min(_HOLDOUT, int(_HOLDOUT_SHARE * samples))
