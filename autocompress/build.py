@@ -35,7 +35,7 @@ from autocompress.recover import (
     training_identity,
     tune_codebooks,
 )
-from autocompress.techniques import Stage, consistent, technique_of
+from autocompress.techniques import LayerTechnique, Stage, consistent, technique_of
 from autocompress.techniques.codebook_tuning import TuneCodebooks
 from autocompress.techniques.equalize import Equalize, equalize
 from autocompress.techniques.qat import Qat
@@ -173,7 +173,7 @@ class Builder:
             # Masks too: pruning in rounds leaves others than pruning at once.
             restore(load_file(kept), stitched.network)
             return stitched
-        if shape.steps:
+        if shape.steps and (trains or _reads_norms(plan)):
             with clock.step("repair"):
                 self._repair(stitched.network, stitched.kept_channels)
         if trains:
@@ -276,6 +276,16 @@ class Builder:
 
 def _until(plan: Plan, last: Stage) -> Plan:
     return Plan(tuple(s for s in plan.steps if technique_of(s.decision).stage <= last))
+
+
+def _reads_norms(plan: Plan) -> bool:
+    """Whether something reads batch norms before quantization, after which they are repaired."""
+    techniques = [(technique_of(s.decision), s.decision) for s in plan.steps]
+    return (
+        all(technique.stage is not Stage.QUANTIZE for technique, _ in techniques)
+        or any(isinstance(decision, Equalize) for _, decision in techniques)
+        or any(isinstance(t, LayerTechnique) and t.folds_norm(d) for t, d in techniques)
+    )
 
 
 def _without(plan: Plan, technique: str) -> Plan:
