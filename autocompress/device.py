@@ -131,7 +131,8 @@ def usable_cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def _cpu_facts() -> tuple[str, tuple[str, ...]]:
+def cpu_facts() -> tuple[str, tuple[str, ...]]:
+    """The CPU's model, and those of its instruction sets that change which kernels are picked."""
     model, flags = platform.processor() or platform.machine(), set[str]()
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -162,7 +163,7 @@ def fingerprint(profile: DeviceProfile) -> Fingerprint:
             given=runtime.name,
             advice=f"pip install {runtime.name}",
         ) from cause
-    model, flags = _cpu_facts()
+    model, flags = cpu_facts()
     return Fingerprint(
         profile=profile.name,
         cpu_model=model,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
-
 import torch
+
+from autocompress.device import cpu_facts
 
 # Instructions that multiply bf16 (x86: AVX-512 BF16 and AMX; Arm: BF16). Without them oneDNN
 # converts to fp32 and back, which is slower than fp32 alone.
@@ -20,17 +19,4 @@ def bf16_pays(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(_CPU_FLAGS & _cpu_flags())
-
-
-@cache
-def _cpu_flags() -> frozenset[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
+    return device.type == "cpu" and not _CPU_FLAGS.isdisjoint(cpu_facts()[1])

@@ -14,6 +14,7 @@ from autocompress.bank.store import tensors_hash
 from autocompress.errors import PlanError
 from autocompress.recover.frozen import frozen_weights
 from autocompress.recover.recovery import (
+    RETRAIN_TEMPERATURE,
     RecoveryContext,
     recovery_settings,
     response_loss,
@@ -24,8 +25,6 @@ from autocompress.recover.training_types import TrainingContext, TrainingReport
 from autocompress.techniques.codebook_tuning import TuneCodebooks
 from autocompress.workload import Split
 from autocompress.workload.types import describe
-
-_TEMPERATURE = 4.0
 
 
 def tune_codebooks(
@@ -53,7 +52,7 @@ def tune_codebooks(
     """
     context = context or RecoveryContext()
     network.eval()
-    loss = response_loss(teacher, split, decision.epochs, _TEMPERATURE, context)
+    loss = response_loss(teacher, split, decision.epochs, RETRAIN_TEMPERATURE, context)
     settings = recovery_settings(len(split), decision.epochs, decision.learning_rate, context)
     if decision.epochs == 0:
         return train(network, split, loss, settings)

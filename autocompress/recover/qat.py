@@ -22,6 +22,7 @@ from autocompress.recover.quantizers import (
     quantized_layers,
 )
 from autocompress.recover.recovery import (
+    RETRAIN_TEMPERATURE,
     RecoveryContext,
     held_out,
     response_loss,
@@ -39,7 +40,6 @@ from autocompress.recover.training_types import (
 from autocompress.techniques.qat import Qat
 from autocompress.workload import Split
 
-_TEMPERATURE = 4.0
 # In the last part the weights learn to live with the norms' statistics that will be folded.
 _NORMS_FROZEN_FROM = 0.7
 
@@ -98,7 +98,7 @@ def train_quantized(
 
 def _make_loss(teacher: nn.Module, split: Split, decision: Qat, context: RecoveryContext) -> Loss:
     if decision.distil:
-        return response_loss(teacher, split, decision.epochs, _TEMPERATURE, context)
+        return response_loss(teacher, split, decision.epochs, RETRAIN_TEMPERATURE, context)
     if split.targets is None:
         raise WorkloadError(
             "Quantization-aware training on labels needs targets, but the train split has none.",

@@ -29,6 +29,8 @@ _HOLDOUT = 1000
 # Under a cosine the loss falls late: an early stop waits for a good part of the training.
 _PATIENCE_SHARE = 0.4
 _LEAST_PATIENCE = 5
+# Of the distillation into weights that are quantized already.
+RETRAIN_TEMPERATURE = 4.0
 
 
 @final
