@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -130,30 +131,91 @@ def pick(  # noqa: PLR0913 - every parameter is an option of the command
 
 
 @app.command()
+def measure(  # noqa: PLR0913 - every parameter is an option of the command
+    models: Annotated[list[Path], typer.Argument(help="ONNX files, of any origin.")],
+    baseline: Annotated[
+        Path | None, typer.Option(help="What the others are compared with; by default the first.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="A device profile: short name or YAML file.")] = "cpu",
+    runtime: Annotated[
+        list[str] | None, typer.Option(help="Only these of the profile's runtimes; repeatable.")
+    ] = None,
+    inputs: Annotated[
+        Path | None, typer.Option(help="An .npz file, one array per input; else random values.")
+    ] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="Size of an open axis, NAME=N; repeatable.")
+    ] = None,
+    energy: Annotated[bool, typer.Option("--energy", help="Meter the energy too.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Wider intervals, sooner.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Measure ONNX files on a device, each in turn with a baseline: speed, memory, energy.
+
+    Example: autocompress measure small.onnx --baseline original.onnx --device cpu
+    """
+    from autocompress.device import load_profile
+    from autocompress.report.measured import Wanted, measure_files, measured_table
+
+    profile = load_profile(device)
+    names = tuple(runtime or profile.runtime_names)
+    for name in names:
+        profile.runtime(name)
+    wanted = Wanted(
+        baseline or models[0], tuple(models), names, inputs, _sizes(size or []), energy, quick
+    )
+    found, rows = measure_files(profile, wanted, _say)
+    if as_json:
+        facts = found.model_dump(mode="json")
+        print(json.dumps({"device": facts, "rows": [r.to_dict() for r in rows]}, indent=1))
+    else:
+        _console().print(measured_table(profile, found, rows))
+
+
+@app.command()
 def profile(
     device: Annotated[str, typer.Argument(help="A device profile: short name or YAML file.")],
+    network: Annotated[
+        Path | None, typer.Option(help="An experiment: build the latency table of its network.")
+    ] = None,
+    plans: Annotated[int, typer.Option(help="Random plans to check the table on.")] = 50,
+    runtime: Annotated[
+        str | None, typer.Option(help="The table's runtime; by default the profile's first.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Show what a device is and measure what it rewards.
+    """Show what a device is and measure what it rewards; with --network, build its latency table.
 
-    Example: autocompress profile cpu
+    The table is kept for the device: interrupted, the same command goes on, and another network
+    measures only what is new.
+
+    Example: autocompress profile cpu --network experiments/digits.yaml
     """
-    from autocompress.device import fingerprint, load_profile
-    from autocompress.measure.probe import probe
-    from autocompress.measure.runtime import runtime_for
-    from autocompress.report.device import device_table
+    from autocompress.device import load_profile
 
     wanted = load_profile(device)
-    runtime_for(wanted.runtime).check_available(wanted.runtime)
+    if network is not None:
+        _profile_network(wanted, network, plans, runtime, as_json)
+        return
+    from autocompress.measure.host import host_of
+    from autocompress.device import make_fingerprint
+    from autocompress.measure.energy import meter_report
+    from autocompress.measure.probe import probe
+    from autocompress.report.device import device_table
+
     with tempfile.TemporaryDirectory() as scratch:
-        if not as_json:
-            print("measuring ...", file=sys.stderr)
-        report = probe(wanted, Path(scratch), 0)
+        found = make_fingerprint(wanted, host_of(wanted).facts(Path(scratch)))
+        reports = {}
+        for name in wanted.runtime_names:
+            _say(f"{name}: int8 against fp32, and the noise floor")
+            reports[name] = probe(wanted, name, Path(scratch), 0)
+    meter = meter_report(wanted)
     if as_json:
-        facts = fingerprint(wanted).model_dump(mode="json")
-        print(json.dumps({"device": facts, "probe": report.to_dict()}, indent=1))
+        probes = {name: report.to_dict() for name, report in reports.items()}
+        data = {"device": found.model_dump(mode="json"), "probes": probes, "meter": asdict(meter)}
+        print(json.dumps(data, indent=1))
     else:
-        _console().print(device_table(wanted, fingerprint(wanted), report))
+        _console().print(device_table(wanted, found, reports, meter))
 
 
 @app.command()
@@ -211,6 +273,20 @@ def decode(
     _console().print(f"model: {target} ({byte_size(size)})", soft_wrap=True, highlight=False)
 
 
+def _say(text: str) -> None:
+    print(f"measuring {text} ...", file=sys.stderr)
+
+
+def _sizes(texts: list[str]) -> dict[str, int]:
+    sizes = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        if not name or not number.isdecimal() or not int(number):
+            raise ConfigError("A size cannot be read.", given=text, allowed="NAME=N, N above zero")
+        sizes[name] = int(number)
+    return sizes
+
+
 def _console() -> Console:
     console = Console()
     # A log file has no width of its own; a narrower terminal keeps its own.
@@ -220,14 +296,12 @@ def _console() -> Console:
 def _print_front(run: Path, console: Console, *, everything: bool = False) -> None:
     from autocompress.report.chart import front_chart
     from autocompress.report.columns import read_device, read_front
+    from autocompress.report.device import where
     from autocompress.report.tables import front_table
 
     frame, device = read_front(run), read_device(run)
-    where = (
-        f"{device.cpu_model}, {device.runtime} {device.runtime_version}, {device.threads} thread"
-    )
     width = console.width
-    console.print(front_table(frame, device=where, everything=everything, width=width))
+    console.print(front_table(frame, device=where(device), everything=everything, width=width))
     console.print(front_chart(frame, width=width))
 
 

@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from autocompress.errors import AutocompressError, ConfigError
 
-Objective = Literal["metric", "latency", "file_bytes", "download_bytes", "peak_memory"]
+Objective = Literal[
+    "metric", "latency", "energy", "file_bytes", "download_bytes", "peak_memory", "gpu_memory"
+]
 Sampler = Literal["tpe", "nsga2", "random"]
 ModelT = TypeVar("ModelT", bound=BaseModel)
 

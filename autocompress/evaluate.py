@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 from autocompress.build import Artifact, Builder, Stopwatch
-from autocompress.device import DeviceProfile, all_cores
+from autocompress.device import DeviceProfile, Fingerprint
 from autocompress.errors import ExportError
 from autocompress.files import write_json
-from autocompress.measure.client import Worker
+from autocompress.measure.client import Subject, Worker
+from autocompress.measure.latency import PairedLatency
 from autocompress.measure.measurement import Measurement
-from autocompress.measure.memory import peak_memory_bytes
-from autocompress.measure.statistics import PairedLatency
-from autocompress.plan import Plan
+from autocompress.measure.memory import peak_memory
+from autocompress.measure.scoring import ScoringPool
+from autocompress.plan import Plan, candidate_name
 from autocompress.workload import Split, Workload, network_outputs, score, score_standard_error
 
 # The artifact that every speed-up is relative to.
@@ -35,15 +36,19 @@ class Evaluation:
     """The figures of one candidate on one split.
 
     Attributes:
-        candidate: `original`, `stock_int8`, or the plan's hash.
+        candidate: see `plan.candidate_name`.
+        runtime: full name of the runtime that all figures were taken in.
         plan: rows of `Plan.to_rows`.
         split: which split the metric was taken on.
-        metric: the user's metric through the device's runtime and settings, on all cores.
+        metric: the user's metric through the same runtime and settings.
         latency: milliseconds per run at the profile's batch size.
-        speedup: baseline over candidate, measured in turn.
+        speedup: baseline over candidate, measured in turn; the baseline is the original network in
+            the profile's first runtime.
         file_bytes: size of the ONNX file.
         download_bytes: size of the coded container; None where it was not made.
         peak_memory_bytes: peak resident bytes of a fresh process, net of the runtime itself.
+        gpu_memory_bytes: likewise on the GPU; None for a CPU.
+        energy: millijoules per inference; None where it was not metered.
         artifact: path of the ONNX file relative to the run folder.
         details: parity, how each quantized layer runs, whether the skeleton fitted, the load and
             clock.
@@ -51,6 +56,7 @@ class Evaluation:
     """
 
     candidate: str
+    runtime: str
     plan: tuple[Mapping[str, Any], ...]
     split: SplitName
     metric: Measurement
@@ -60,6 +66,8 @@ class Evaluation:
     peak_memory_bytes: int
     artifact: str
     download_bytes: int | None = None
+    gpu_memory_bytes: int | None = None
+    energy: Measurement | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -73,13 +81,29 @@ class Evaluation:
         fields = dict(data)
         for name in ("metric", "latency", "speedup"):
             fields[name] = Measurement.from_dict(fields[name])
+        if fields["energy"] is not None:
+            fields["energy"] = Measurement.from_dict(fields["energy"])
         fields["plan"] = tuple(fields["plan"])
         return Evaluation(**fields)
 
     @property
     def trusted(self) -> bool:
-        """Whether the latency's interval met the profile's target."""
-        return self.latency.trusted
+        """Whether latency and energy can be relied on."""
+        return self.latency.trusted and (self.energy is None or self.energy.trusted)
+
+
+@final
+@dataclass(frozen=True)
+class Extras:
+    """Figures that cost more, taken of every candidate because the search goes by them.
+
+    Attributes:
+        coded: make the coded container; else it is made of finalists only.
+        energy: meter the energy.
+    """
+
+    coded: bool
+    energy: bool
 
 
 @final
@@ -93,7 +117,7 @@ class Evaluator:
         builder: of the workload's candidates.
         profile: the device.
         folder: the run folder; files go to `measurements/` and `scratch/`.
-        coded: make the coded container of every candidate, not of finalists only.
+        extras: figures that the search goes by.
     """
 
     def __init__(
@@ -102,20 +126,20 @@ class Evaluator:
         builder: Builder,
         profile: DeviceProfile,
         folder: Path,
-        *,
-        coded: bool,
+        extras: Extras,
     ) -> None:
         self._workload = workload
         self._builder = builder
         self._profile = profile
         self._folder = folder
-        self._coded = coded
+        self._extras = extras
         (folder / "measurements").mkdir(exist_ok=True)
         scratch = folder / "scratch"
         self._timing = Worker(profile, scratch)
-        self._scoring = Worker(all_cores(profile), scratch)
+        self._scoring = ScoringPool(profile, self._timing.cores, scratch)
         self._example = self._timing.store([x.numpy() for x in self._example_batch()])
         self._splits: dict[SplitName, Path] = {}
+        self._built: dict[str, Artifact] = {}
         self._original_outputs: dict[SplitName, tuple[Any, ...]] = {}
 
     def __enter__(self) -> Evaluator:
@@ -130,9 +154,9 @@ class Evaluator:
         self._scoring.close()
 
     @property
-    def device(self) -> str:
-        """The id of the device's fingerprint."""
-        return self._timing.device
+    def fingerprint(self) -> Fingerprint:
+        """What the figures may be compared with."""
+        return self._timing.fingerprint
 
     def build_original(self) -> Artifact:
         """The original network's file: the baseline of every speed-up."""
@@ -146,22 +170,17 @@ class Evaluator:
         """
         return self._builder.build_stock(name, self._builder.path(BASELINE))
 
-    def build(self, plan: Plan) -> Artifact:
-        """Make a candidate's file: stitch, repair, train, quantize and export it.
-
-        Raises:
-            PlanError: the plan does not fit the network.
-            ExportError: the file is invalid or does not compute what the network computes.
-        """
-        return self._builder.build(plan.hash, plan)
-
     def measure(
-        self, candidate: str, plan: Plan, artifact: Artifact, split: SplitName, *, final: bool
+        self, artifact: Artifact, plan: Plan, runtime: str, split: SplitName, *, final: bool
     ) -> Evaluation:
-        """Take every figure of a file.
+        """Take every figure of a file in a runtime.
 
         Args:
-            final: use the profile's tighter limits for the latency, and make the coded container.
+            artifact: the file, named after the plan or reference point.
+            plan: what the file was made by; empty for reference points.
+            runtime: full name of one of the profile's runtimes.
+            split: what the metric is taken on.
+            final: use the profile's tighter limits, and make the coded container.
 
         Raises:
             MeasurementError: the file crashes or hangs the runtime.
@@ -169,28 +188,26 @@ class Evaluator:
             WorkloadError: the metric fails or is not finite.
         """
         clock = Stopwatch()
+        subject = Subject(artifact.path, runtime)
+        candidate = candidate_name(artifact.path.stem, runtime, self._profile.runtime_names[0])
         with clock.step("metric"):
-            metric = self._metric(artifact.path, split)
+            metric = self._metric(subject, split)
         with clock.step("latency"):
             paired = self._timing.compare(
-                self._builder.path(BASELINE), artifact.path, self._example, final=final, seed=0
+                self._baseline, subject, self._example, final=final, seed=0
             )
         with clock.step("memory"):
-            memory = peak_memory_bytes(artifact.path, self._example, self._profile)
-        details = dict(artifact.details)
+            memory = peak_memory(subject, self._example, self._profile)
+        details = dict(artifact.details) | _circumstances(paired)
+        energy = self._energy(subject, clock, details, final=final)
         download_bytes = None
-        if final or self._coded:
+        if final or self._extras.coded:
             with clock.step("code"):
                 download_bytes = self._code(artifact.path, details)
         self._keep_samples(candidate, split, paired)
-        details |= {
-            "load_average": paired.load_average,
-            "clock_mhz": paired.clock_mhz,
-            "latency_p95_ms": paired.candidate_p95_ms,
-            "latency_p99_ms": paired.candidate_p99_ms,
-        }
         return Evaluation(
             candidate=candidate,
+            runtime=runtime,
             plan=tuple(plan.to_rows()),
             split=split,
             metric=metric,
@@ -198,16 +215,40 @@ class Evaluator:
             speedup=paired.ratio(),
             file_bytes=artifact.path.stat().st_size,
             download_bytes=download_bytes,
-            peak_memory_bytes=memory,
+            peak_memory_bytes=memory.resident_bytes,
+            gpu_memory_bytes=memory.gpu_bytes,
+            energy=energy,
             artifact=str(artifact.path.relative_to(self._folder)),
             details=details,
             seconds={**artifact.seconds, **clock.seconds},
         )
 
-    def evaluate(self, plan: Plan) -> Evaluation:
-        """Build a candidate and take its figures on the search split."""
-        artifact = self.build(plan)
-        return self.measure(plan.hash, plan, artifact, "search", final=False)
+    def evaluate(self, plan: Plan, runtime: str) -> Evaluation:
+        """Build a candidate, if it is not there, and take its figures on the search split."""
+        return self.measure(self.artifact(plan), plan, runtime, "search", final=False)
+
+    def artifact(self, plan: Plan) -> Artifact:
+        """A candidate's file; made by this evaluator if it was not made by it before.
+
+        Raises:
+            PlanError: the plan does not fit the network.
+            ExportError: the file is invalid or does not compute what the network computes.
+        """
+        if plan.hash not in self._built:
+            self._built[plan.hash] = self._builder.build(plan.hash, plan)
+        return self._built[plan.hash]
+
+    def _energy(
+        self, subject: Subject, clock: Stopwatch, details: dict[str, Any], *, final: bool
+    ) -> Measurement | None:
+        if not self._extras.energy:
+            return None
+        with clock.step("energy"):
+            paired = self._timing.energy(
+                self._baseline, subject, self._example, final=final, seed=0
+            )
+        details |= {"idle_mw": paired.idle_mw, "meter": paired.meter}
+        return paired.energy()
 
     def _code(self, model: Path, details: dict[str, Any]) -> int | None:
         """The container's bytes; None, with the reason in the details, if there is no need of it.
@@ -218,23 +259,27 @@ class Evaluator:
         try:
             return self._builder.code(model)
         except ExportError as reason:
-            if self._coded:
+            if self._extras.coded:
                 raise
             details["not_coded"] = str(reason)
             return None
 
-    def _metric(self, model: Path, split: SplitName) -> Measurement:
+    @property
+    def _baseline(self) -> Subject:
+        return Subject(self._builder.path(BASELINE), self._profile.runtime_names[0])
+
+    def _metric(self, subject: Subject, split: SplitName) -> Measurement:
         data = self._split(split)
         if split not in self._splits:
-            self._splits[split] = self._scoring.store(data.numpy_inputs())
-        outputs = self._scoring.predict(model, self._splits[split], _SCORING_BATCH)
+            self._splits[split] = self._timing.store(data.numpy_inputs())
+        outputs = self._scoring.predict(subject, self._splits[split], _SCORING_BATCH)
         metric = self._workload.metric
         value = score(metric, outputs, data.targets, self._reference_outputs(split))
         error = score_standard_error(metric, value, len(data))
         spread = 0.0 if error is None else _CONFIDENCE_SIGMAS * error
         low, high = (value - spread, value + spread) if error is not None else (math.nan, math.nan)
         unit = "metric" if callable(metric) else SHARE
-        return Measurement(value, low, high, unit, "measured", self.device)
+        return Measurement(value, low, high, unit, "measured", self.fingerprint.id)
 
     def _reference_outputs(self, split: SplitName) -> tuple[Any, ...] | None:
         if self._workload.metric != "agreement":
@@ -256,3 +301,15 @@ class Evaluator:
 
     def _keep_samples(self, candidate: str, split: SplitName, paired: PairedLatency) -> None:
         write_json(self._folder / "measurements" / f"{candidate}-{split}.json", paired.to_dict())
+
+
+def _circumstances(paired: PairedLatency) -> dict[str, Any]:
+    """What stands beside a latency."""
+    return {
+        "load_average": paired.load_average,
+        "others_share": None if math.isnan(paired.others_share) else paired.others_share,
+        "clock_mhz": paired.clock_mhz,
+        "latency_p50_ms": paired.candidate_p50_ms,
+        "latency_p95_ms": paired.candidate_p95_ms,
+        "latency_p99_ms": paired.candidate_p99_ms,
+    }

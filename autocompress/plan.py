@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from autocompress.errors import PlanError
 
+_RUNTIME_MARK = "@"
+
 
 class Decision(BaseModel):
     """What one technique does to one layer or channel group.
@@ -132,3 +134,19 @@ def _allowed(schema: dict[str, Any]) -> str:
         if key in schema
     ]  # fmt: skip
     return " and ".join(bounds) or str(schema.get("type", "any"))
+
+
+def candidate_name(file: str, runtime: str, first_runtime: str) -> str:
+    """What a file in a runtime is called: by the file alone in the device's first runtime.
+
+    Args:
+        file: `original`, `stock_int8` or a plan's hash.
+        runtime: full name of one of the device's runtimes.
+        first_runtime: full name of the first.
+    """
+    return file if runtime == first_runtime else f"{file}{_RUNTIME_MARK}{runtime}"
+
+
+def file_of(candidate: str) -> str:
+    """The file's part of a candidate's name."""
+    return candidate.partition(_RUNTIME_MARK)[0]

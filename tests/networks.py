@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from autocompress.bank import Bank, stitch
 from autocompress.bank.stitch import Stitched, apply_stage
 from autocompress.config import CalibrationSettings
-from autocompress.device import DeviceProfile, MeasuringSettings, RuntimeSettings
+from autocompress.device import DeviceProfile, MeasuringSettings, OnnxRuntimeCpuSettings
 from autocompress.export import Exporter
 from autocompress.graph import NetworkGraph, trace
 from autocompress.plan import Plan
@@ -340,10 +340,10 @@ def make_device(
 ) -> DeviceProfile:
     """A device with 8-bit kernels for everything, unless told otherwise."""
     return DeviceProfile(
-        version=1,
+        version=2,
         name="test",
         kind="cpu",
-        runtime=RuntimeSettings(name="onnxruntime", provider="CPUExecutionProvider", threads=1),
+        runtimes=(OnnxRuntimeCpuSettings(name="onnxruntime"),),
         channel_multiple=channel_multiple,
         kernels=dict.fromkeys(("Conv", "Gemm", "MatMul"), (32, 8)) if kernels is None else kernels,
         measuring=MeasuringSettings(

@@ -237,11 +237,10 @@ def test_bad_experiments_are_exit_code_2_and_leave_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_provider_that_is_not_installed_is_refused(call, tiny_experiment, tmp_path):
-    runtime = {"name": "onnxruntime", "provider": "CUDAExecutionProvider", "threads": 1}
-    path = tiny_experiment(profile={"runtime": runtime})
+def test_a_runtime_that_is_not_installed_is_refused(call, tiny_experiment, tmp_path):
+    path = tiny_experiment(profile={"runtimes": [{"name": "tensorrt"}]})
     result = call("search", path, "--run", tmp_path / "run")
-    refused(result, "CUDAExecutionProvider", "CPUExecutionProvider")
+    refused(result, "tensorrt", "pip install 'autocompress[tensorrt]'")
     assert not (tmp_path / "run").exists()
 
 

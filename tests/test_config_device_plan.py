@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from tiny_workload import QUICK_PROFILE
 
 from autocompress.config import find_named, load_experiment, load_search_space, parse_duration
-from autocompress.device import all_cores, fingerprint, load_profile
+from autocompress.device import (
+    DeviceProfile,
+    load_profile,
+    local_facts,
+    make_fingerprint,
+    usable_cores,
+)
+from autocompress.device.facts import differences
 from autocompress.errors import ConfigError, DeviceError, PlanError
 from autocompress.files import write_whole
 from autocompress.plan import Plan, Step
@@ -88,6 +95,10 @@ def test_malformed_experiments_are_refused(tmp_path, text, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+def fingerprint(profile):
+    return make_fingerprint(profile, local_facts(profile))
+
+
 def profile_of(tmp_path: Path, **changes):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(QUICK_PROFILE | changes))
@@ -97,25 +108,52 @@ def profile_of(tmp_path: Path, **changes):
 def test_cores_that_the_machine_lacks_are_refused(tmp_path):
     profile = profile_of(tmp_path, cores=[4096])
     with pytest.raises(DeviceError, match="4096"):
-        profile.pinned_cores()
+        profile.pinned_cores(usable_cores())
 
 
 def test_more_threads_than_cores_are_refused(tmp_path):
-    runtime = QUICK_PROFILE["runtime"] | {"threads": 5000}
     with pytest.raises(DeviceError, match="5000 threads"):
-        profile_of(tmp_path, runtime=runtime).pinned_cores()
+        profile_of(tmp_path, threads=5000).pinned_cores(usable_cores())
 
 
 def test_auto_takes_the_last_cores(tmp_path):
-    assert profile_of(tmp_path).pinned_cores() == (max(os.sched_getaffinity(0)),)
+    assert profile_of(tmp_path).pinned_cores(usable_cores()) == (max(os.sched_getaffinity(0)),)
 
 
 def test_a_fingerprint_changes_with_what_changes_the_figures(tmp_path):
     base = fingerprint(profile_of(tmp_path))
     assert fingerprint(profile_of(tmp_path)).id == base.id
     assert fingerprint(profile_of(tmp_path, batch_size=2)).id != base.id
-    assert fingerprint(all_cores(profile_of(tmp_path))).cpu_model == base.cpu_model
-    assert base.runtime_version
+    other = fingerprint(profile_of(tmp_path, batch_size=2))
+    assert differences(base, other) == ("batch_size: 1, 2",)
+    assert base.runtime("onnxruntime").version
+
+
+def test_runtimes_of_one_device_may_be_compared_and_have_ids_of_their_own(tmp_path):
+    one = fingerprint(profile_of(tmp_path))
+    levels = [{"name": "onnxruntime"}, {"name": "onnxruntime", "graph_optimization": "basic"}]
+    two = fingerprint(profile_of(tmp_path, runtimes=levels))
+    assert one.id == two.id and differences(one, two) == ()
+    names = [runtime.name for runtime in two.runtimes]
+    assert names == ["onnxruntime", "onnxruntime-basic"]
+    assert len({two.runtime_id(name) for name in names}) == 2
+    assert two.runtime_id("onnxruntime") == one.runtime_id("onnxruntime")
+
+
+def test_runtimes_that_are_called_alike_are_refused(tmp_path):
+    alike = [{"name": "onnxruntime"}, {"name": "onnxruntime"}]
+    with pytest.raises(DeviceError, match="label"):
+        profile_of(tmp_path, runtimes=alike)
+    labelled = [{"name": "onnxruntime"}, {"name": "onnxruntime", "label": "again"}]
+    profile = profile_of(tmp_path, runtimes=labelled)
+    assert profile.runtime_names == ("onnxruntime", "again")
+    with pytest.raises(DeviceError, match="onnxruntime, again"):
+        profile.runtime("openvino-f32")
+
+
+def test_profiles_survive_json(tmp_path):
+    profile = profile_of(tmp_path)
+    assert DeviceProfile.model_validate_json(profile.model_dump_json()) == profile
 
 
 STEPS = st.lists(

@@ -9,10 +9,10 @@ from autocompress import Split, Workload
 
 # A device whose measurements end at once; its figures are real but wide.
 QUICK_PROFILE = {
-    "version": 1,
+    "version": 2,
     "name": "quick",
     "kind": "cpu",
-    "runtime": {"name": "onnxruntime", "provider": "CPUExecutionProvider", "threads": 1},
+    "runtimes": [{"name": "onnxruntime"}],
     "channel_multiple": 8,
     "kernels": {"Conv": [32, 8], "Gemm": [32, 8], "MatMul": [32, 8]},
     "measuring": {

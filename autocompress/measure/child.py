@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import queue
+import resource
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO, final
 
-from autocompress.device import RuntimeSettings
+from autocompress.device import DeviceProfile, usable_cores
 from autocompress.errors import AutocompressError, DeviceError
+from autocompress.measure.lock import core_keys
+from autocompress.measure.session import Placement
 
 Request = dict[str, Any]
 Beat = Callable[[], None]
@@ -23,28 +28,50 @@ Handler = Callable[[Request, Beat], dict[str, Any]]
 
 _BEAT_S = 1.0
 _PR_SET_PDEATHSIG = 1
+# Of what is free when the child starts; the rest is the parent's.
+_MEMORY_SHARE = 0.8
+# Noted before the process is pinned to some of them.
+_CORES = usable_cores()
 
 
 @final
 @dataclass(frozen=True)
 class Setup:
-    """What a child is told on its command line, as JSON."""
+    """What a child is told on its command line, as JSON.
+
+    Attributes:
+        parent: the parent's process id; 0 if the parent is on another machine.
+        profile: the device; its cores are resolved where the child runs.
+    """
 
     parent: int
-    runtime: RuntimeSettings
-    cores: tuple[int, ...]
+    profile: DeviceProfile
+
+    @property
+    def cores(self) -> tuple[int, ...]:
+        """The profile's cores on this machine."""
+        return self.profile.pinned_cores(_CORES)
+
+    @property
+    def placement(self) -> Placement:
+        """Where on the device the runtimes run."""
+        return Placement(self.profile.threads, self.profile.gpu)
+
+    @property
+    def lock_keys(self) -> tuple[str, ...]:
+        """The device's parts that no other measurement may use meanwhile."""
+        gpu = (f"gpu-{self.profile.gpu}",) if self.profile.kind == "cuda" else ()
+        return (*core_keys(self.cores), *gpu)
 
     def to_json(self) -> str:
         """The setup as one line of JSON."""
-        runtime = self.runtime.model_dump(mode="json")
-        return json.dumps({"parent": self.parent, "runtime": runtime, "cores": self.cores})
+        return json.dumps({"parent": self.parent, "profile": self.profile.model_dump(mode="json")})
 
     @staticmethod
     def from_json(text: str) -> Setup:
         """Read back what `to_json` wrote."""
         data = json.loads(text)
-        runtime = RuntimeSettings.model_validate(data["runtime"])
-        return Setup(data["parent"], runtime, tuple(data["cores"]))
+        return Setup(data["parent"], DeviceProfile.model_validate(data["profile"]))
 
 
 def serve(make_handler: Callable[[Setup], Handler]) -> None:
@@ -67,6 +94,7 @@ def serve(make_handler: Callable[[Setup], Handler]) -> None:
         try:
             if handler is None:
                 _pin(setup.cores)
+                _limit_memory(setup.profile)
                 handler = make_handler(setup)
             line = {"answer": handler(request, _Heartbeat(channel))}
         # Whatever a runtime raises about one model must not end the worker.
@@ -101,7 +129,7 @@ def _die_with(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     # The parent may have died before the call above.
-    if os.getppid() != parent:
+    if parent and os.getppid() != parent:
         os._exit(1)
 
 
@@ -125,6 +153,30 @@ def _pin(cores: tuple[int, ...]) -> None:
         ) from cause
 
 
+def _limit_memory(profile: DeviceProfile) -> None:
+    """Let a model that allocates without end fail by itself, not by taking the machine down."""
+    if sys.platform != "linux":
+        return
+    # If the kernel must end a process for want of memory, it is to be this one.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    limit = profile.measuring.memory_limit_bytes
+    if limit is None and profile.kind == "cpu":
+        limit = int(_MEMORY_SHARE * _available_bytes())
+    if limit:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def _available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return 0
+
+
 def _describe(error: Exception, request: Request) -> dict[str, Any]:
     if isinstance(error, AutocompressError):
         fields = {"given": error.given, "allowed": error.allowed, "advice": error.advice}
@@ -134,7 +186,7 @@ def _describe(error: Exception, request: Request) -> dict[str, Any]:
     return {
         "kind": "measurement",
         "what": f"The runtime cannot run the model: {type(error).__name__}: {error}",
-        "given": str(request.get("model")),
+        "given": str(request.get("model") or request.get("candidate", {}).get("model")),
         "allowed": None,
         "advice": None,
     }

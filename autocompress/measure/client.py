@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import threading
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
 
-from autocompress.device import DeviceProfile, fingerprint
+from autocompress.device import DeviceProfile, Fingerprint, make_fingerprint
 from autocompress.errors import MeasurementError
 from autocompress.measure.arrays import content_key, read_arrays, write_arrays
-from autocompress.measure.child import Setup
+from autocompress.measure.energy_statistics import EnergySamples
+from autocompress.measure.host import host_of
+from autocompress.measure.paired_energy import PairedEnergy, energy_stopping, paired_energy
 from autocompress.measure.process import ChildProcess
-from autocompress.measure.sampling import generator_for
-from autocompress.measure.session import Array
-from autocompress.measure.statistics import Circumstances, PairedLatency, paired_latency
+from autocompress.measure.sampling import Samples
+from autocompress.measure.session import Array, NodeTime
+from autocompress.measure.latency import PairedLatency, paired_latency
 
 Inputs = Sequence[Array] | Path
 _MODULE = "autocompress.measure.worker"
+
+
+@final
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: an ONNX file in one of the profile's runtimes, given by its full name."""
+
+    model: Path
+    runtime: str
 
 
 @final
@@ -38,23 +49,24 @@ class Worker:
     the path: arrays are hashed anew on every call.
 
     Args:
-        profile: the device, its runtime and its measuring limits.
+        profile: the device, its runtimes and its measuring limits.
         scratch: a folder for files on their way to and from the child; made if missing.
         lock_wait_s: how long a request may wait for another process to leave the device.
 
     Raises:
-        DeviceError: the profile asks for cores or a runtime that this machine lacks.
+        DeviceError: the profile asks for cores, a GPU or a runtime that the device lacks.
     """
 
     def __init__(
         self, profile: DeviceProfile, scratch: Path, *, lock_wait_s: float = 600.0
     ) -> None:
         self._profile = profile
-        self._setup = Setup(os.getpid(), profile.runtime, profile.pinned_cores())
-        self._device = fingerprint(profile).id
         self._lock_wait_s = lock_wait_s
         self._scratch = scratch.resolve()
         self._scratch.mkdir(parents=True, exist_ok=True)
+        self._host = host_of(profile)
+        self._facts = self._host.facts(self._scratch)
+        self._fingerprint = make_fingerprint(profile, self._facts)
         self._own = Path(tempfile.mkdtemp(prefix="worker-", dir=self._scratch))
         self._child: ChildProcess | None = None
         self._one_request = threading.Lock()
@@ -72,9 +84,14 @@ class Worker:
         self.close()
 
     @property
-    def device(self) -> str:
-        """The id of the device's fingerprint."""
-        return self._device
+    def fingerprint(self) -> Fingerprint:
+        """What this worker's figures may be compared with."""
+        return self._fingerprint
+
+    @property
+    def cores(self) -> tuple[int, ...]:
+        """The cores that the device gives, this worker's own among them."""
+        return self._facts.cores
 
     @property
     def pid(self) -> int | None:
@@ -88,11 +105,11 @@ class Worker:
             write_arrays(path, inputs)
         return path
 
-    def predict(self, model: Path, inputs: Inputs, batch_size: int) -> tuple[Array, ...]:
+    def predict(self, subject: Subject, inputs: Inputs, batch_size: int) -> tuple[Array, ...]:
         """Run a whole split.
 
         Args:
-            model: an ONNX file.
+            subject: a model in a runtime.
             inputs: one array per model input, first axis the samples.
             batch_size: rows per run; the last run may have fewer.
 
@@ -102,33 +119,40 @@ class Worker:
         Raises:
             MeasurementError: the model fails, crashes the runtime, or makes no progress for
                 `hang_limit_s`; or another process keeps the device.
-            DeviceError: the profile's provider is not available.
+            DeviceError: the runtime is not available.
         """
         if batch_size < 1:
             raise MeasurementError("A batch needs rows.", given=batch_size, allowed=">= 1")
         outputs = self._own / "outputs.npz"
         request = {
             "operation": "predict",
-            "model": str(_existing(model)),
-            "inputs": str(self._path_of(inputs)),
+            **self._named(subject),
+            "inputs": self._host.put(self._path_of(inputs)),
             "batch_size": batch_size,
-            "outputs": str(outputs),
+            "outputs": self._host.result(outputs),
         }
         with self._one_request:
             self._ask(request, self._profile.measuring.hang_limit_s)
             try:
+                self._host.fetch(outputs)
                 return read_arrays(outputs)
             finally:
                 outputs.unlink(missing_ok=True)
 
     def compare(
-        self, baseline: Path, candidate: Path, inputs: Inputs, *, final: bool = False, seed: int
+        self,
+        baseline: Subject,
+        candidate: Subject,
+        inputs: Inputs,
+        *,
+        final: bool = False,
+        seed: int,
     ) -> PairedLatency:
         """Time a candidate against the baseline, in turn; see `sampling.sample_pairs`.
 
         Args:
-            baseline: the ONNX file of the uncompressed network.
-            candidate: an ONNX file with the same inputs.
+            baseline: the uncompressed network, in the profile's first runtime.
+            candidate: a model with the same inputs.
             inputs: one array per model input; the profile's `batch_size` first rows are used.
             final: use the profile's tighter limits for final results.
             seed: seed of the bootstrap.
@@ -136,7 +160,7 @@ class Worker:
         Raises:
             MeasurementError: a model fails, crashes the runtime or hangs; or another process
                 keeps the device.
-            DeviceError: the profile's provider is not available.
+            DeviceError: a runtime is not available.
         """
         limits = self._profile.measuring
         target = limits.final_target_half_width if final else limits.target_half_width
@@ -144,23 +168,75 @@ class Worker:
         stopping = {"target_half_width": target, "time_limit_s": time_limit_s, "seed": seed}
         request = {
             "operation": "compare",
-            "baseline": str(_existing(baseline)),
-            "model": str(_existing(candidate)),
-            "inputs": str(self._path_of(inputs)),
-            "batch_size": self._profile.batch_size,
+            "baseline": self._named(baseline),
+            "candidate": self._named(candidate),
+            "inputs": self._host.put(self._path_of(inputs)),
             "stopping": stopping,
         }
         with self._one_request:
             answer = self._ask(request, time_limit_s + limits.hang_limit_s)
-        where = Circumstances(
-            device=self._device,
-            load_average=answer["load_average"],
-            clock_mhz=answer["clock_mhz"],
-            elapsed_s=answer["elapsed_s"],
-            target_half_width=target,
+        return paired_latency(Samples(**answer), self._fingerprint.id, target, seed)
+
+    def energy(
+        self,
+        baseline: Subject,
+        candidate: Subject,
+        inputs: Inputs,
+        *,
+        final: bool = False,
+        seed: int,
+    ) -> PairedEnergy:
+        """Meter a candidate against the baseline, in turn; see `energy.sample_energy`.
+
+        Args:
+            baseline: the uncompressed network, in the profile's first runtime.
+            candidate: a model with the same inputs.
+            inputs: one array per model input; the profile's `batch_size` first rows are used.
+            final: use the profile's time limit for final results, and more windows.
+            seed: seed of the bootstrap and of the gaps between windows.
+
+        Raises:
+            MeasurementError: a model fails, crashes the runtime or hangs; the meter fails; or
+                another process keeps the device.
+            DeviceError: there is no meter, or a runtime is not available.
+        """
+        stopping = energy_stopping(self._profile.energy, final, seed)
+        request = {
+            "operation": "energy",
+            "baseline": self._named(baseline),
+            "candidate": self._named(candidate),
+            "inputs": self._host.put(self._path_of(inputs)),
+            "stopping": asdict(stopping),
+        }
+        with self._one_request:
+            answer = self._ask(request, self._profile.measuring.hang_limit_s)
+        return paired_energy(EnergySamples.from_dict(answer), self._fingerprint.id, stopping)
+
+    def profile(self, subject: Subject, inputs: Inputs, runs: int) -> tuple[NodeTime, ...]:
+        """The runtime's own profile of a model: the nodes that it ran, in order.
+
+        Args:
+            subject: a model in a runtime.
+            inputs: one array per model input; the profile's `batch_size` first rows are used.
+            runs: how often to run; times are medians over these.
+
+        Raises:
+            MeasurementError: the model fails, crashes the runtime or hangs; or the runtime has no
+                profile.
+            DeviceError: the runtime is not available.
+        """
+        request = {
+            "operation": "profile",
+            **self._named(subject),
+            "inputs": self._host.put(self._path_of(inputs)),
+            "runs": runs,
+        }
+        with self._one_request:
+            answer = self._ask(request, self._profile.measuring.hang_limit_s)
+        return tuple(
+            NodeTime(**{k: tuple(v) if isinstance(v, list) else v for k, v in node.items()})
+            for node in answer["nodes"]
         )
-        generator = generator_for(seed, len(answer["baseline_ms"]))
-        return paired_latency(answer["baseline_ms"], answer["candidate_ms"], generator, where)
 
     def close(self) -> None:
         """End the child and remove this worker's own files; stored inputs stay."""
@@ -177,8 +253,12 @@ class Worker:
             if self._child is not None:
                 self._child.stop()
                 self._child.remove_stderr()
-            self._child = ChildProcess(_MODULE, self._setup, self._own)
+            self._child = self._host.start(_MODULE, self._own)
         return self._child.ask({**request, "lock_wait_s": self._lock_wait_s}, silence_s)
+
+    def _named(self, subject: Subject) -> dict[str, Any]:
+        self._profile.runtime(subject.runtime)
+        return {"model": self._host.put(_existing(subject.model)), "runtime": subject.runtime}
 
     def _path_of(self, inputs: Inputs) -> Path:
         return _existing(inputs) if isinstance(inputs, Path) else self.store(inputs)

@@ -1,14 +1,16 @@
-"""Peak memory of a model: resident bytes that loading and running it adds to a fresh process."""
+"""Peak memory of a model: bytes that loading and running it adds to a fresh process."""
 
 from __future__ import annotations
 
 import gc
-import os
 import resource
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 
@@ -16,10 +18,11 @@ from autocompress.device import DeviceProfile
 from autocompress.errors import MeasurementError
 from autocompress.measure.arrays import read_arrays, rows_of, write_arrays
 from autocompress.measure.child import Beat, Handler, Request, Setup, serve
-from autocompress.measure.client import Inputs
-from autocompress.measure.lock import core_keys, hold
-from autocompress.measure.process import ChildProcess
-from autocompress.measure.runtime import runtime_for
+from autocompress.measure.client import Inputs, Subject
+from autocompress.measure.gpu_memory import GpuMemory
+from autocompress.measure.host import host_of
+from autocompress.measure.lock import hold
+from autocompress.measure.runtimes import runtime_for
 
 _RUNS = 5
 _LOCK_WAIT_S = 600.0
@@ -35,57 +38,100 @@ _REPEATABLE = {
 }
 
 
-def peak_memory_bytes(model: Path, inputs: Inputs, profile: DeviceProfile) -> int:
-    """Peak resident memory of loading a model and running it, above the bare runtime.
+@final
+@dataclass(frozen=True)
+class PeakMemory:
+    """What loading a model and running it takes, above the bare runtime.
 
-    A fresh process imports the runtime, notes its resident memory, loads the model and runs it
+    Attributes:
+        resident_bytes: peak resident memory of the process.
+        gpu_bytes: peak GPU memory of the process; None if it has none or it is not told.
+        gpu_reason: why a GPU's memory is not told; else empty.
+    """
+
+    resident_bytes: int
+    gpu_bytes: int | None
+    gpu_reason: str = ""
+
+
+def peak_memory(subject: Subject, inputs: Inputs, profile: DeviceProfile) -> PeakMemory:
+    """Peak memory of loading a model and running it, above the bare runtime.
+
+    A fresh process starts the runtime, notes its resident memory, loads the model and runs it
     five times on the first `batch_size` rows; the peak minus what was noted is returned. It holds
-    weights, activations, the runtime's arenas and the code that the model makes it touch.
+    weights, activations, the runtime's arenas and the code that the model makes it touch. For
+    devices of kind `cuda`, the GPU memory that the driver books on the process is read every few
+    milliseconds meanwhile; see `gpu_memory.GpuMemory`.
 
     Args:
-        model: an ONNX file.
+        subject: an ONNX file in one of the profile's runtimes.
         inputs: one array per model input, or the path of an .npz file of them.
-        profile: the device and its runtime; its `hang_limit_s` is the time limit.
+        profile: the device; its `hang_limit_s` is the time limit.
 
     Raises:
         MeasurementError: the model fails, crashes the runtime or hangs.
-        DeviceError: the profile's runtime, provider or cores are not available.
+        DeviceError: the runtime, the GPU or the profile's cores are not available.
     """
-    if not model.is_file():
-        raise MeasurementError("There is no such file to measure.", given=model)
-    setup = Setup(os.getpid(), profile.runtime, profile.pinned_cores())
+    if not subject.model.is_file():
+        raise MeasurementError("There is no such file to measure.", given=subject.model)
+    profile.runtime(subject.runtime)
+    host = host_of(profile)
     with tempfile.TemporaryDirectory(prefix="autocompress-memory-") as name:
         folder = Path(name)
         batch = folder / "batch.npz"
         arrays = read_arrays(inputs) if isinstance(inputs, Path) else inputs
         rows_of(arrays, "inputs")
         write_arrays(batch, [array[: profile.batch_size] for array in arrays])
-        request = {"model": str(model.resolve()), "inputs": str(batch)}
-        child = ChildProcess("autocompress.measure.memory", setup, folder, _REPEATABLE)
+        request = {
+            "model": host.put(subject.model),
+            "runtime": subject.runtime,
+            "inputs": host.put(batch),
+        }
+        child = host.start("autocompress.measure.memory", folder, _REPEATABLE)
         try:
             answer = child.ask(request, profile.measuring.hang_limit_s)
         finally:
             child.stop()
-    return int(answer["peak_memory_bytes"])
+    return PeakMemory(**answer)
 
 
 def make_handler(setup: Setup) -> Handler:
     """The handler of this child's one kind of request."""
-    runtime = runtime_for(setup.runtime)
-    runtime.check_available(setup.runtime)
 
     def handle(request: Request, beat: Beat) -> dict[str, Any]:
+        settings = setup.profile.runtime(request["runtime"])
+        runtime = runtime_for(settings)
+        runtime.check_available(settings)
         inputs = [np.ascontiguousarray(array) for array in read_arrays(Path(request["inputs"]))]
-        with hold(core_keys(setup.cores), _LOCK_WAIT_S, beat):
+        with hold(setup.lock_keys, _LOCK_WAIT_S, beat), _gpu_memory(setup) as gpu:
+            runtime.start(settings, setup.placement)
             gc.collect()
             gc.disable()
+            if gpu is not None:
+                gpu.start()
             before = _start_peak()
-            session = runtime.load(Path(request["model"]), setup.runtime)
+            session = runtime.load(Path(request["model"]), settings, setup.placement)
             for _ in range(_RUNS):
                 session.run(inputs)
-            return {"peak_memory_bytes": max(_peak() - before, 0)}
+            resident_bytes = max(_peak() - before, 0)
+            if gpu is None:
+                return asdict(PeakMemory(resident_bytes, None))
+            return asdict(PeakMemory(resident_bytes, *gpu.peak()))
 
     return handle
+
+
+@contextmanager
+def _gpu_memory(setup: Setup) -> Iterator[GpuMemory | None]:
+    """The watch on the profile's GPU; None for devices without."""
+    if setup.profile.kind != "cuda":
+        yield None
+        return
+    gpu = GpuMemory(setup.profile.gpu)
+    try:
+        yield gpu
+    finally:
+        gpu.close()
 
 
 def _start_peak() -> int:

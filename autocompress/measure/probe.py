@@ -12,9 +12,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from autocompress.device import DeviceProfile
-from autocompress.measure.client import Worker
+from autocompress.measure.client import Subject, Worker
 from autocompress.measure.session import Array
-from autocompress.measure.statistics import PairedLatency
+from autocompress.measure.latency import PairedLatency
 
 _OPSET, _IR_VERSION = 17, 10
 _CHANNELS, _SIDE, _WIDTH = 64, 14, 256
@@ -28,13 +28,13 @@ class ProbeReport:
     """Paired latencies of small int8 and float graphs on a device.
 
     Attributes:
-        device: the id of the device's fingerprint.
+        runtime: full name of the runtime that ran them.
         convolution: four 3x3 convolutions of 64 channels at 14x14, int8 against fp32.
         matmul: four products with 256x256 weights, int8 against fp32.
         noise: the fp32 convolutions against themselves.
     """
 
-    device: str
+    runtime: str
     convolution: PairedLatency
     matmul: PairedLatency
     noise: PairedLatency
@@ -53,7 +53,7 @@ class ProbeReport:
     def to_dict(self) -> dict[str, Any]:
         """The fields and verdicts, ready for JSON."""
         return {
-            "device": self.device,
+            "runtime": self.runtime,
             "convolution": self.convolution.to_dict(),
             "matmul": self.matmul.to_dict(),
             "noise": self.noise.to_dict(),
@@ -62,11 +62,12 @@ class ProbeReport:
         }
 
 
-def probe(profile: DeviceProfile, scratch: Path, seed: int) -> ProbeReport:
-    """Measure what int8 brings on the profile's device, and how far its timings can be trusted.
+def probe(profile: DeviceProfile, runtime: str, scratch: Path, seed: int) -> ProbeReport:
+    """Measure what int8 brings in one of a device's runtimes, and how far its timings can be trusted.
 
     Args:
         profile: the device; its search limits bound each of the three measurements.
+        runtime: full name of one of its runtimes.
         scratch: a folder for the small graphs.
         seed: seed of weights, inputs and the bootstrap.
 
@@ -95,10 +96,11 @@ def probe(profile: DeviceProfile, scratch: Path, seed: int) -> ProbeReport:
 
         def pair(baseline: str, candidate: str, shape: tuple[int, ...]) -> PairedLatency:
             inputs = [generator.standard_normal(shape, dtype=np.float32)]
-            return worker.compare(paths[baseline], paths[candidate], inputs, seed=seed)
+            sides = [Subject(paths[name], runtime) for name in (baseline, candidate)]
+            return worker.compare(*sides, inputs, seed=seed)
 
         return ProbeReport(
-            device=worker.device,
+            runtime=runtime,
             convolution=pair("conv-fp32", "conv-int8", image),
             matmul=pair("matmul-fp32", "matmul-int8", rows),
             noise=pair("conv-fp32", "conv-fp32-again", image),

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -28,14 +28,13 @@ class ChildProcess:
     """A running child that speaks the protocol of `child.serve`.
 
     Args:
-        module: the module that the child runs.
-        setup: what the child is told on its command line.
+        command: the program and its arguments.
         scratch: folder for the file that keeps the child's standard error.
-        environment: variables set for the child on top of this process's own.
+        environment: variables set for the program on top of this process's own.
     """
 
     def __init__(
-        self, module: str, setup: Setup, scratch: Path, environment: Mapping[str, str] | None = None
+        self, command: Sequence[str], scratch: Path, environment: Mapping[str, str]
     ) -> None:
         handle, name = tempfile.mkstemp(prefix="stderr-", suffix=".txt", dir=scratch)
         self._stderr = Path(name)
@@ -43,16 +42,31 @@ class ChildProcess:
         self._pending = b""
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, setup.to_json()],
+                list(command),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=handle,
-                env={**_importable(), **(environment or {})},
+                env={**os.environ, **environment},
                 # Ctrl-C in a terminal is the parent's to handle.
                 start_new_session=True,
             )
         finally:
             os.close(handle)
+
+    @staticmethod
+    def local(
+        module: str, setup: Setup, scratch: Path, environment: Mapping[str, str] | None = None
+    ) -> ChildProcess:
+        """Start a child on this machine.
+
+        Args:
+            module: the module that the child runs.
+            setup: what the child is told on its command line.
+            scratch: as above.
+            environment: variables set for the child on top of this process's own.
+        """
+        command = [sys.executable, "-m", module, setup.to_json()]
+        return ChildProcess(command, scratch, {**_importable(), **(environment or {})})
 
     @property
     def pid(self) -> int:
@@ -78,7 +92,7 @@ class ChildProcess:
         """
         assert self._process.stdin is not None
         self._asked_at = self._stderr.stat().st_size
-        model = request.get("model")
+        model = _named_models(request)
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
@@ -160,13 +174,19 @@ class ChildProcess:
         return "It last said: " + " | ".join(lines) if lines else "It said nothing."
 
 
+def _named_models(request: Mapping[str, Any]) -> object:
+    """What a request is about, for its errors."""
+    sides = [request[side] for side in ("baseline", "candidate") if side in request]
+    return request.get("model") or ", ".join(side["model"] for side in sides) or None
+
+
 def _importable() -> dict[str, str]:
-    """This process's environment, with the folder of this package first on the import path."""
+    """Variables that put the folder of this package first on the import path."""
     root = str(Path(__file__).resolve().parents[2])
     known = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([root, known]) if known else root
     # A user's working folder may hold modules that shadow libraries.
-    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 
 
 def _ending(code: int | None) -> tuple[str, str]:

@@ -1,32 +1,37 @@
-"""Taking paired latency samples: blocks of runs of two models in turn, in this process."""
+"""Taking paired latency samples: rounds of runs of two models in turn, in this process."""
 
 from __future__ import annotations
 
 import gc
 import math
 import os
-import statistics as exact
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import final
 
 import numpy as np
 
-from autocompress.measure.statistics import (
-    MINIMUM_PAIRS,
-    RatioInterval,
-    block_medians,
-    bootstrap_ratio,
-)
+from autocompress.measure.machine import CoreTime, clock_mhz
+from autocompress.measure.session import Array, Session
+from autocompress.measure.statistics import bootstrap_ratio
 
-Run = Callable[[], object]
+Load = Callable[[], Session]
 
-BLOCK_S = 0.005
-_WARM_S = 0.03
-_WARM_RUNS = 3
-_PAIRS_PER_CHECK = 10
+MINIMUM_ROUNDS = 8
+_BLOCK_S = 0.005
+_ROUND_S = 0.25
+# So many rounds fit into a time limit at least, unless a run takes too long for that.
+_ROUNDS_IN_LIMIT = 60
+_CHECK_EVERY = 2
+# Loading and warming up anew may take this share of the sampling time.
+_LOADING_SHARE = 0.25
+_TAKEN_BLOCKS = 64
+_TAKEN_BYTES = (1 << 8, 1 << 19)
+_WARM_CHUNK_S = 0.01
+_WARM_CHUNKS = 3
+_WARM_TOLERANCE = 0.02
+_WARM_LIMIT_S = 1.0
 
 
 @final
@@ -42,108 +47,183 @@ class Stopping:
 @final
 @dataclass(frozen=True)
 class Samples:
-    """Run times in ms: one list per block, block i of both models taken side by side."""
+    """Run times in ms, one list per round, and the machine's state meanwhile.
+
+    Attributes:
+        baseline_ms: all timed runs of the baseline, by round.
+        candidate_ms: those of the candidate, taken in turn with the baseline's.
+        loads: how often both models were loaded.
+        load_average: one-minute load average when sampling began.
+        others_share: share of the measuring cores' time that other programs had; NaN if unknown.
+        clocks_mhz: mean clock of the measuring cores after each round; empty where not told.
+        elapsed_s: how long all of it took.
+    """
 
     baseline_ms: list[list[float]]
     candidate_ms: list[list[float]]
+    loads: int
     load_average: float
+    others_share: float
+    clocks_mhz: list[float]
     elapsed_s: float
 
+    @property
+    def mean_clock_mhz(self) -> float | None:
+        """The mean over the rounds; None where the system does not tell."""
+        return float(np.mean(self.clocks_mhz)) if self.clocks_mhz else None
 
-def generator_for(seed: int, pairs: int) -> np.random.Generator:
+    @property
+    def clock_change(self) -> float:
+        """From the first third of the rounds to the last, as a share; 0 where not told."""
+        third = len(self.clocks_mhz) // 3
+        if not third:
+            return 0.0
+        first, last = np.mean(self.clocks_mhz[:third]), np.mean(self.clocks_mhz[-third:])
+        return float(last / first - 1)
+
+
+def generator_for(seed: int, rounds: int) -> np.random.Generator:
     """The bootstrap's generator: the same samples always give the same interval."""
-    return np.random.default_rng((seed, pairs))
+    return np.random.default_rng((seed, rounds))
 
 
-def sample_pairs(baseline: Run, candidate: Run, stopping: Stopping) -> Samples:
+def sample_pairs(
+    baseline: Load,
+    candidate: Load,
+    inputs: Sequence[Array],
+    stopping: Stopping,
+    cores: Sequence[int],
+) -> Samples:
     """Time two models in turn until their ratio is known well enough.
 
-    Both are warmed up first. Then pairs of blocks follow, the order within a pair alternating
-    (A B, B A, A B, ...). A block lasts at least 5 ms or one run; its first run only fills the
-    caches that the other model has emptied, and is discarded. From 20 pairs on, about every ten
-    pairs (every sixth of all, once there are many), the interval decides whether to stop.
+    Sampling goes in rounds of at most a quarter of a second. Before a round both models are loaded
+    anew, as long as that takes no more than a quarter of the time in all, because where a model
+    comes to lie in memory changes its speed by some tenths of a per cent; memory that is taken at
+    random before makes that another place each time. They are warmed up until the
+    fastest run of a chunk no longer falls. Within a round blocks of runs alternate (A B, B A,
+    A B, ...). A block lasts at least 5 ms or one run; its first run only fills the caches that the
+    other model has emptied, and is not timed. From eight rounds on, the interval decides whether to
+    stop.
 
     Args:
-        baseline: runs the baseline once.
-        candidate: runs the candidate once.
+        baseline: loads the baseline.
+        candidate: loads the candidate.
+        inputs: what both models are run on.
         stopping: the target, the time limit and the bootstrap's seed.
+        cores: those that this process is pinned to.
     """
-    load_average = os.getloadavg()[0]
-    models = (baseline, candidate)
-    runs = tuple(math.ceil(BLOCK_S / _warm(model)) for model in models)
-    blocks: tuple[list[list[float]], list[list[float]]] = ([], [])
-    next_check = MINIMUM_PAIRS
+    load_average, others = os.getloadavg()[0], CoreTime(cores)
+    rounds: tuple[list[list[float]], list[list[float]]] = ([], [])
+    clocks: list[float] = []
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         start = time.monotonic()
+        pair, loading_s, loads = _Pair(baseline, candidate, inputs, stopping.seed), 0.0, 0
         while True:
-            pairs = len(blocks[0])
-            for side in (0, 1) if pairs % 2 == 0 else (1, 0):
-                blocks[side].append(_timed_block(models[side], runs[side]))
-            elapsed_s, pairs = time.monotonic() - start, pairs + 1
-            if elapsed_s >= stopping.time_limit_s:
+            if loading_s <= _LOADING_SHARE * (time.monotonic() - start):
+                begin = time.monotonic()
+                pair.load()
+                loading_s, loads = loading_s + time.monotonic() - begin, loads + 1
+            remaining_s = start + stopping.time_limit_s - time.monotonic()
+            round_s = min(_ROUND_S, stopping.time_limit_s / _ROUNDS_IN_LIMIT)
+            for side, runs in enumerate(pair.round(min(round_s, max(remaining_s, 0.0)))):
+                rounds[side].append(runs)
+            clock = clock_mhz(cores)
+            clocks += [] if clock is None else [clock]
+            if _enough(rounds, stopping) or time.monotonic() - start >= stopping.time_limit_s:
                 break
-            if pairs >= next_check:
-                if _interval(blocks, stopping.seed).half_width <= stopping.target_half_width:
-                    break
-                next_check = pairs + max(_PAIRS_PER_CHECK, pairs // 6)
+        elapsed_s = time.monotonic() - start
     finally:
         if collecting:
             gc.enable()
-    return Samples(*blocks, load_average=load_average, elapsed_s=elapsed_s)
+    return Samples(*rounds, loads, load_average, others.share_of_others(), clocks, elapsed_s)
 
 
-def clock_mhz(cores: Sequence[int]) -> float | None:
-    """The mean current clock of some cores in MHz; None where the system does not tell."""
-    clocks = []
-    for core in cores:
-        frequency = Path(f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq")
-        try:
-            clocks.append(int(frequency.read_text()) / 1000)
-        except (OSError, ValueError):
-            return _clock_from_cpuinfo(cores)
-    return exact.fmean(clocks) if clocks else None
+@final
+class _Pair:
+    """Two models that are run in turn."""
+
+    def __init__(self, baseline: Load, candidate: Load, inputs: Sequence[Array], seed: int) -> None:
+        self._loads = (baseline, candidate)
+        self._inputs = inputs
+        self._generator = np.random.default_rng(seed)
+        self._taken: list[Array] = []
+        self._sessions: tuple[Session, ...] = ()
+        self._runs: tuple[int, ...] = ()
+
+    def load(self) -> None:
+        """Load both anew and warm them up."""
+        # The old ones go first: two of each would not fit everywhere.
+        self._sessions = ()
+        self._taken = _take_memory(self._generator)
+        self._sessions = tuple(load() for load in self._loads)
+        seconds = [warm_up(s, self._inputs) for s in self._sessions]
+        self._runs = tuple(math.ceil(_BLOCK_S / s) for s in seconds)
+
+    def round(self, seconds: float) -> tuple[list[float], list[float]]:
+        """Pairs of blocks for about so long, at least one pair; run times in ms of each model."""
+        times: tuple[list[float], list[float]] = ([], [])
+        end, order = time.monotonic() + seconds, (0, 1)
+        while True:
+            for side in order:
+                times[side].extend(
+                    _timed_block(self._sessions[side], self._inputs, self._runs[side])
+                )
+            order = order[::-1]
+            if time.monotonic() >= end:
+                return times
 
 
-def _clock_from_cpuinfo(cores: Sequence[int]) -> float | None:
-    clocks, core = [], -1
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "processor":
-                core = int(value)
-            elif key.strip() == "cpu MHz" and core in cores:
-                clocks.append(float(value))
-    except (OSError, ValueError):
-        return None
-    return exact.fmean(clocks) if clocks else None
+def _take_memory(generator: np.random.Generator) -> list[Array]:
+    """Blocks of memory of random sizes, in use."""
+    sizes = np.exp(generator.uniform(*np.log(_TAKEN_BYTES), size=_TAKEN_BLOCKS))
+    return [np.ones(int(size), dtype=np.uint8) for size in sizes]
 
 
-def _warm(run: Run) -> float:
-    """Run until allocations and caches have settled; seconds that one run takes then."""
-    times: list[float] = []
-    end = time.perf_counter() + _WARM_S
-    while len(times) < _WARM_RUNS or time.perf_counter() < end:
+def warm_up(session: Session, inputs: Sequence[Array]) -> float:
+    """Run until the fastest run of a chunk stays within 2 % for three chunks, or for a second.
+
+    Returns:
+        Seconds that one run takes then.
+    """
+    chunks: list[float] = []
+    end = time.perf_counter() + _WARM_LIMIT_S
+    while True:
+        chunks.append(_fastest(session, inputs))
+        last = chunks[-_WARM_CHUNKS:]
+        settled = len(chunks) >= _WARM_CHUNKS and max(last) <= (1 + _WARM_TOLERANCE) * min(last)
+        if settled or time.perf_counter() >= end:
+            return max(min(last), 1e-7)
+
+
+def _fastest(session: Session, inputs: Sequence[Array]) -> float:
+    end, fastest = time.perf_counter() + _WARM_CHUNK_S, math.inf
+    while True:
         start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return max(exact.median(times[len(times) // 2 :]), 1e-7)
+        session.run(inputs)
+        now = time.perf_counter()
+        fastest = min(fastest, now - start)
+        if now >= end:
+            return fastest
 
 
-def _timed_block(run: Run, runs: int) -> list[float]:
-    clock = time.perf_counter_ns
-    run()
+def _timed_block(session: Session, inputs: Sequence[Array], runs: int) -> list[float]:
+    clock, run = time.perf_counter_ns, session.run
+    run(inputs)
     times = []
     for _ in range(runs):
         start = clock()
-        run()
+        run(inputs)
         times.append(clock() - start)
     # A coarse clock may tick between two reads of it: no run takes no time.
     return [max(t, 1) / 1e6 for t in times]
 
 
-def _interval(blocks: tuple[list[list[float]], list[list[float]]], seed: int) -> RatioInterval:
-    baseline, candidate = map(block_medians, blocks)
-    return bootstrap_ratio(baseline, candidate, generator_for(seed, len(baseline)))
+def _enough(rounds: tuple[list[list[float]], list[list[float]]], stopping: Stopping) -> bool:
+    count = len(rounds[0])
+    if count < MINIMUM_ROUNDS or count % _CHECK_EVERY == 0:
+        return False
+    interval = bootstrap_ratio(*rounds, generator_for(stopping.seed, count))
+    return interval.half_width <= stopping.target_half_width

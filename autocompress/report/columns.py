@@ -19,11 +19,13 @@ __all__ = [
     "COLUMNS", "REFERENCES", "ROLES", "front_rows", "read_device", "read_front", "typed_front",
 ]  # fmt: skip
 
-_TEXTS = ("candidate", "role", "artifact", "plan_hash")
+_TEXTS = ("candidate", "role", "runtime", "artifact", "plan_hash")
 _FLAGS = ("on_front", "trusted")
-_BYTES = ("file_bytes", "download_bytes", "peak_memory_bytes")
+_BYTES = ("file_bytes", "download_bytes", "peak_memory_bytes", "gpu_memory_bytes")
 # Fronts of earlier versions lack these.
-_LATER = ("download_bytes",)
+_LATER = (
+    "download_bytes", "runtime", "energy_mj", "energy_low_mj", "energy_high_mj", "gpu_memory_bytes",
+)  # fmt: skip
 _FIX = "let `autocompress search` write the file; it is not meant to be edited"
 
 

@@ -32,6 +32,11 @@ def milliseconds(value: float) -> str:
     return _with_unit(value, " ms")
 
 
+def millijoules(value: float) -> str:
+    """An energy (`0.832 mJ`)."""
+    return _with_unit(value, " mJ")
+
+
 def points(value: float, *, signed: bool = False) -> str:
     """A difference in percentage points, two decimals as long as they fit (`0.28`, `+0.28`)."""
     if not np.isfinite(value):

@@ -37,9 +37,8 @@ class RunWith(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     runtime: str
     runtime_version: str
-    provider: str
+    settings: dict[str, Any]
     threads: int
-    graph_optimization: str
     batch_size: int
 
 
@@ -51,7 +50,7 @@ class ModelCard(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     name: str
     model: str
     sha256: str
@@ -133,6 +132,7 @@ def _artifact(run: Path, row: dict[str, Any]) -> Path:
 
 def _card(run: Path, choice: Choice, name: str, digest: str) -> ModelCard:
     row, device = choice.row, read_device(run)
+    runtime = device.runtime(row["runtime"] or device.runtimes[0].name)
     return ModelCard(
         name=name,
         model=f"{name}.onnx",
@@ -146,11 +146,10 @@ def _card(run: Path, choice: Choice, name: str, digest: str) -> ModelCard:
         device=device,
         device_id=device.id,
         run_with=RunWith(
-            runtime=device.runtime,
-            runtime_version=device.runtime_version,
-            provider=device.provider,
+            runtime=runtime.name,
+            runtime_version=runtime.version,
+            settings=runtime.settings,
             threads=device.threads,
-            graph_optimization=device.graph_optimization,
             batch_size=device.batch_size,
         ),
         autocompress_version=_version(),
@@ -165,9 +164,11 @@ def _figures(row: dict[str, Any]) -> dict[str, Figure]:
         "drop_test_pp": "percentage points lost on the test split",
         "latency_ms": "ms",
         "speedup": "times faster than the original network",
+        "energy_mj": "mJ per inference",
         "file_bytes": "B",
         "download_bytes": "B in the coded container",
         "peak_memory_bytes": "B",
+        "gpu_memory_bytes": "B",
     }
     taken = {
         key: Figure(value=row[key], unit=unit)
@@ -177,6 +178,9 @@ def _figures(row: dict[str, Any]) -> dict[str, Figure]:
     if "speedup" in taken:
         interval = {"ci_low": row["speedup_low"], "ci_high": row["speedup_high"]}
         taken["speedup"] = taken["speedup"].model_copy(update=interval)
+    if "energy_mj" in taken:
+        interval = {"ci_low": row["energy_low_mj"], "ci_high": row["energy_high_mj"]}
+        taken["energy_mj"] = taken["energy_mj"].model_copy(update=interval)
     return taken
 
 

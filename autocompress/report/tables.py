@@ -13,6 +13,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from autocompress.plan import file_of
 from autocompress.report import figures
 from autocompress.report.columns import REFERENCES, typed_front
 
@@ -24,8 +25,8 @@ NAMES: Final = {"original": "the original network", "stock_int8": "the stock too
 UNTRUSTED: Final = "*"
 _BESIDE: Final = "◌"
 _FOOTNOTE: Final = (
-    f"{UNTRUSTED} untrusted: the time limit came before the interval was as narrow as the device"
-    " profile asks."
+    f"{UNTRUSTED} untrusted: the interval stayed wider than the device profile asks, or the"
+    " machine was too busy."
 )
 
 Row = dict[str, Any]
@@ -42,7 +43,8 @@ class _Column:
 
 def _label(row: Row, share: bool) -> str:
     beside = row["role"] == "finalist" and not row["on_front"]
-    return f"{_BESIDE if beside else SIGNS[row['role']]} {row['candidate'] or row['role']}"
+    sign = _BESIDE if beside else SIGNS[row["role"]]
+    return f"{sign} {file_of(row['candidate']) or row['role']}"
 
 
 def _speedup(row: Row, share: bool) -> str:
@@ -64,6 +66,8 @@ _TESTED: Final = _Column(
 _DROP: Final = _Column("drop\npoints", 7, lambda row, share: figures.points(row["drop_test_pp"]))
 _LATENCY: Final = _Column("latency", 10, lambda row, share: figures.milliseconds(row["latency_ms"]))
 _SPEEDUP: Final = _Column("speed-up", 19, _speedup, "left")
+_RUNTIME: Final = _Column("runtime", 24, lambda row, share: row["runtime"], "left")
+_ENERGY: Final = _Column("energy", 10, lambda row, share: figures.millijoules(row["energy_mj"]))
 _FILE: Final = _Column("file", 8, lambda row, share: figures.byte_size(row["file_bytes"]))
 _DOWNLOAD: Final = _Column("coded", 8, lambda row, share: figures.byte_size(row["download_bytes"]))
 _MEMORY: Final = _Column(
@@ -92,7 +96,9 @@ def front_table(
     trials = int((~front["role"].isin(REFERENCES)).sum())
     told = front["on_front"] | front["role"].isin((*REFERENCES, "finalist"))
     shown = front if everything else front[told]
-    columns = [_CANDIDATE, _SEARCHED, _TESTED, _DROP, _LATENCY, _SPEEDUP, _FILE, _DOWNLOAD, _MEMORY]
+    columns = [_CANDIDATE, *_when_told(front), _SEARCHED, _TESTED, _DROP, _LATENCY, _SPEEDUP]
+    columns += [_ENERGY] if front["energy_mj"].notna().any() else []
+    columns += [_FILE, _DOWNLOAD, _MEMORY]
     if everything:
         columns.append(_ON_FRONT)
     title = f"Front of {on_front} out of {trials} candidates, measured on {device or 'this device'}"
@@ -124,8 +130,13 @@ def compact_table(frame: pd.DataFrame, *, rows: int = 8, width: int = 100) -> Ta
     if len(members) > room:
         members = members.iloc[np.linspace(0, len(members) - 1, room).round().astype(int)]
     shown = pd.concat([front[references], members])
-    columns = [_CANDIDATE, _SEARCHED, _LATENCY, _SPEEDUP, _FILE]
+    columns = [_CANDIDATE, *_when_told(front), _SEARCHED, _LATENCY, _SPEEDUP, _FILE]
     return _table(shown, columns, share=figures.is_share(front), width=width)
+
+
+def _when_told(front: pd.DataFrame) -> list[_Column]:
+    """The runtime's column, where there is more than one runtime."""
+    return [_RUNTIME] if front["runtime"].nunique() > 1 else []
 
 
 def _table(shown: pd.DataFrame, columns: list[_Column], *, share: bool, width: int) -> Table:

@@ -13,17 +13,21 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from autocompress.config import Objective
+from autocompress.errors import RunFolderError
 from autocompress.evaluate import SHARE, Evaluation
 from autocompress.files import write_whole
 from autocompress.pareto import non_dominated
+from autocompress.plan import file_of
 from autocompress.search.columns import COLUMNS, ORIGINAL, REFERENCES
 
 MAXIMISE: Mapping[Objective, bool] = {
     "metric": True,
     "latency": False,
+    "energy": False,
     "file_bytes": False,
     "download_bytes": False,
     "peak_memory": False,
+    "gpu_memory": False,
 }
 
 
@@ -60,9 +64,11 @@ def objective_values(evaluation: Evaluation, objectives: Sequence[Objective]) ->
     values: dict[Objective, float] = {
         "metric": evaluation.metric.value,
         "latency": 1.0 / evaluation.speedup.value,
+        "energy": math.inf if evaluation.energy is None else evaluation.energy.value,
         "file_bytes": float(evaluation.file_bytes),
         "download_bytes": float(evaluation.download_bytes or math.inf),
         "peak_memory": float(evaluation.peak_memory_bytes),
+        "gpu_memory": float(evaluation.gpu_memory_bytes or math.inf),
     }
     return [values[name] for name in objectives]
 
@@ -95,7 +101,11 @@ def build_front(
     Args:
         searched: evaluations on the search split, the reference points first.
         judged: evaluations of reference points and finalists on the test split.
+
+    Raises:
+        RunFolderError: the figures are of different devices or sources.
     """
+    check_comparable([*searched, *judged])
     by_name = {e.candidate: e for e in searched}
     final = {e.candidate: e for e in judged}
     eligible = [
@@ -112,32 +122,54 @@ def build_front(
         last = final.get(name, evaluation)
         tested = last.metric.value if name in final else np.nan
         drop = points * (original.metric.value - tested) if original else np.nan
-        rows.append(
-            {
-                "candidate": name,
-                "role": name
-                if not _is_ours(last)
-                else "finalist"
-                if name in final
-                else "candidate",
-                "on_front": name in members,
-                "metric_search": evaluation.metric.value,
-                "metric_test": tested,
-                "drop_test_pp": drop,
-                "latency_ms": last.latency.value,
-                "speedup": last.speedup.value,
-                "speedup_low": last.speedup.ci_low,
-                "speedup_high": last.speedup.ci_high,
-                "file_bytes": last.file_bytes,
-                "download_bytes": last.download_bytes,
-                "peak_memory_bytes": last.peak_memory_bytes,
-                "trusted": last.trusted,
-                "artifact": last.artifact,
-                "plan_hash": "" if not _is_ours(last) else name,
-            }
-        )
+        rows.append(_row(evaluation, last, name in members, name in final) | {"drop_test_pp": drop})
     return Front(run, tuple(rows))
 
 
-def _is_ours(evaluation: Evaluation) -> bool:
-    return evaluation.candidate not in REFERENCES
+def check_comparable(evaluations: Sequence[Evaluation]) -> None:
+    """Check that figures may stand in one front: one device, all measured or all estimated.
+
+    Raises:
+        RunFolderError: they may not.
+    """
+    figures = [f for e in evaluations for f in (e.metric, e.latency, e.speedup)]
+    for what, found in (
+        ("device", {f.device for f in figures}),
+        ("source", {f.source for f in figures}),
+    ):
+        if len(found) > 1:
+            raise RunFolderError(
+                f"Figures of more than one {what} cannot be on one front.",
+                given=", ".join(sorted(found)),
+                allowed=f"one {what}; runtimes of one device may differ",
+                advice="give each device a run folder of its own with --run",
+            )
+
+
+def _row(searched: Evaluation, last: Evaluation, on_front: bool, judged: bool) -> dict[str, Any]:
+    """A point's row but for the drop; `last` is the latest measurement."""
+    file = file_of(last.candidate)
+    ours = file not in REFERENCES
+    energy = last.energy
+    return {
+        "candidate": last.candidate,
+        "role": file if not ours else "finalist" if judged else "candidate",
+        "runtime": last.runtime,
+        "on_front": on_front,
+        "metric_search": searched.metric.value,
+        "metric_test": last.metric.value if judged else np.nan,
+        "latency_ms": last.latency.value,
+        "speedup": last.speedup.value,
+        "speedup_low": last.speedup.ci_low,
+        "speedup_high": last.speedup.ci_high,
+        "energy_mj": energy.value if energy else np.nan,
+        "energy_low_mj": energy.ci_low if energy else np.nan,
+        "energy_high_mj": energy.ci_high if energy else np.nan,
+        "file_bytes": last.file_bytes,
+        "download_bytes": last.download_bytes,
+        "peak_memory_bytes": last.peak_memory_bytes,
+        "gpu_memory_bytes": last.gpu_memory_bytes,
+        "trusted": last.trusted,
+        "artifact": last.artifact,
+        "plan_hash": file if ours else "",
+    }

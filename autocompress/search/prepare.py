@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
@@ -16,17 +17,20 @@ from autocompress.bank.store import make_key, network_hash, tensors_hash
 from autocompress.build import Stopwatch
 from autocompress.config import (
     Experiment,
+    Objective,
     SearchSettings,
     load_experiment,
     load_search_space,
     parse_duration,
     validate,
 )
-from autocompress.device import DeviceProfile, fingerprint, load_profile
-from autocompress.errors import ConfigError
+from autocompress.device import DeviceProfile, Fingerprint, load_profile, make_fingerprint
+from autocompress.errors import ConfigError, DeviceError
 from autocompress.export import Exporter
 from autocompress.graph import NetworkGraph, trace
-from autocompress.measure.runtime import runtime_for
+from autocompress.measure.host import host_of
+from autocompress.measure.meters import meter_for
+from autocompress.measure.runtimes import check_runtimes
 from autocompress.plan import Decision
 from autocompress.search.progress import Progress
 from autocompress.search.run_folder import Identity, RunFolder
@@ -80,8 +84,7 @@ def prepare(path: Path, options: Options, progress: Progress) -> Prepared:
     experiment = with_options(load_experiment(path), options)
     space_file = load_search_space(experiment.search_space, path)
     profile = load_profile(experiment.device, path)
-    profile.pinned_cores()
-    runtime_for(profile.runtime).check_available(profile.runtime)
+    device = check_device(profile, experiment.objectives)
     progress.stage("load workload")
     clock = Stopwatch()
     with clock.step("workload"):
@@ -108,7 +111,7 @@ def prepare(path: Path, options: Options, progress: Progress) -> Prepared:
         experiment,
         space_file,
         profile,
-        fingerprint(profile),
+        device,
         network_hash(workload.network),
         data_identity(workload),
     )
@@ -117,6 +120,28 @@ def prepare(path: Path, options: Options, progress: Progress) -> Prepared:
     return Prepared(
         experiment, profile, workload, graph, exporter, space, identity, folder, seconds
     )
+
+
+def check_device(profile: DeviceProfile, objectives: Sequence[Objective]) -> Fingerprint:
+    """What the device is, after checking that it is there and can take every figure wanted.
+
+    Raises:
+        DeviceError: it lacks cores, a GPU, a runtime or a meter.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        facts = host_of(profile).facts(Path(scratch))
+    if profile.remote is None:
+        check_runtimes(profile)
+        if "energy" in objectives:
+            meter_for(profile)
+    if "gpu_memory" in objectives and profile.kind != "cuda":
+        raise DeviceError(
+            "The objective gpu_memory needs a device with a GPU.",
+            given=f"device {profile.name} of kind {profile.kind}",
+            allowed="a profile of kind cuda",
+            advice="take peak_memory, the resident bytes, instead",
+        )
+    return make_fingerprint(profile, facts)
 
 
 def check_training_data(space: Space, workload: Workload) -> None:

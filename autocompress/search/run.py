@@ -14,9 +14,14 @@ from autocompress.errors import (
     PlanError,
     SearchError,
 )
-from autocompress.evaluate import Evaluation, Evaluator, SplitName
+from autocompress.evaluate import (
+    Evaluation,
+    Evaluator,
+    Extras,
+    SplitName,
+)
 from autocompress.files import write_json
-from autocompress.plan import Plan
+from autocompress.plan import Plan, candidate_name, file_of
 from autocompress.search.budget import Budget
 from autocompress.search.columns import ORIGINAL, REFERENCES, STOCK_INT8
 from autocompress.search.finals import choose_finalists
@@ -33,6 +38,7 @@ _RESERVE_MARGIN = 1.15
 _LARGEST_RESERVE = 0.4
 # If so many candidates fail one after another, something is wrong with all of them.
 _HOPELESS = 10
+_JUDGING_STEPS = ("metric", "latency", "memory", "energy", "code")
 _SPLITS: tuple[SplitName, ...] = ("search", "test")
 
 
@@ -60,9 +66,10 @@ def run_search(path: Path, options: Options, progress: Progress | None = None) -
             prepared.experiment.calibration,
             prepared.folder.path,
         )
-        coded = "download_bytes" in prepared.experiment.objectives
+        objectives = prepared.experiment.objectives
+        extras = Extras("download_bytes" in objectives, "energy" in objectives)
         with Evaluator(
-            prepared.workload, builder, prepared.profile, prepared.folder.path, coded=coded
+            prepared.workload, builder, prepared.profile, prepared.folder.path, extras
         ) as evaluator:
             return _Search(prepared, evaluator, budget, progress).run()
 
@@ -84,10 +91,12 @@ class _Search:
         self._study = Study(
             prepared.folder.database,
             prepared.space,
+            prepared.profile,
             self._objectives,
             settings.sampler,
             settings.seed,
         )
+        self._built: dict[str, Artifact] = {}
         self._references: list[Evaluation] = []
         self._judged: list[Evaluation] = []
 
@@ -105,29 +114,37 @@ class _Search:
         return self._judge()
 
     def _measure_references(self) -> None:
-        """Build and measure the original network and the stock tool's int8 of it."""
-        self._progress.stage("reference points", 4)
-        for name, build in (
-            (ORIGINAL, self._evaluator.build_original),
-            (STOCK_INT8, lambda: self._evaluator.build_stock(STOCK_INT8)),
-        ):
-            artifact: Artifact | None = None
+        """Measure the original network in every runtime, and the stock tool's int8 in the first."""
+        runtimes = self._prepared.profile.runtime_names
+        wanted = [(ORIGINAL, runtimes[0]), (STOCK_INT8, runtimes[0])]
+        wanted += [(ORIGINAL, runtime) for runtime in runtimes[1:]]
+        self._progress.stage("reference points", len(_SPLITS) * len(wanted))
+        for file, runtime in wanted:
+            name = candidate_name(file, runtime, runtimes[0])
             for split in _SPLITS:
                 found = self._folder.evaluation(name, split)
                 if found is None:
                     try:
-                        artifact = artifact or build()
-                    except ExportError as reason:
+                        artifact = self._reference(file)
+                        found = self._evaluator.measure(
+                            artifact, Plan(), runtime, split, final=True
+                        )
+                    except (ExportError, MeasurementError) as reason:
                         if name == ORIGINAL:
                             raise
-                        # The stock tool's failure is its own: the search goes on without it.
+                        # What another tool or runtime fails at must not end the search.
                         self._progress.note(f"no reference point {name}: {reason}")
                         break
-                    found = self._evaluator.measure(name, Plan(), artifact, split, final=True)
                     self._folder.save_evaluation(found)
                 (self._references if split == "search" else self._judged).append(found)
                 self._progress.advance()
             self._note_time()
+
+    def _reference(self, file: str) -> Artifact:
+        if file not in self._built:
+            build = self._evaluator.build_original
+            self._built[file] = build() if file == ORIGINAL else self._evaluator.build_stock(file)
+        return self._built[file]
 
     def _try_plans(self) -> None:
         budget = self._budget
@@ -147,7 +164,7 @@ class _Search:
                 break
             self._folder.save_plan(proposal.plan)
             try:
-                evaluation = self._evaluator.evaluate(proposal.plan)
+                evaluation = self._evaluator.evaluate(proposal.plan, proposal.runtime)
             except (DeviceError, OSError):
                 # The machine's fault, not the plan's: the trial stays open and is tried again.
                 raise
@@ -208,15 +225,15 @@ class _Search:
         plan = read_plan(finalist.plan)
         path = self._folder.path / finalist.artifact
         kept = Artifact(path, finalist.details, {})
-        artifact = kept if path.is_file() else self._evaluator.build(plan)
-        return self._evaluator.measure(finalist.candidate, plan, artifact, "test", final=True)
+        artifact = kept if path.is_file() else self._evaluator.artifact(plan)
+        return self._evaluator.measure(artifact, plan, finalist.runtime, "test", final=True)
 
     def _one_final_s(self) -> float:
         """About how long one finalist takes, from the reference points' own final judging."""
         seconds = [
-            sum(e.seconds.get(step, 0.0) for step in ("metric", "latency", "memory", "code"))
+            sum(e.seconds.get(step, 0.0) for step in _JUDGING_STEPS)
             for e in self._judged
-            if e.candidate in REFERENCES
+            if file_of(e.candidate) in REFERENCES
         ]
         return _RESERVE_MARGIN * min(seconds)
 

@@ -22,7 +22,7 @@ from autocompress.plan import Plan
 
 _EXPERIMENT, _DEVICE = "experiment.yaml", "device.json"
 # Counted up whenever a study of an earlier version could not be gone on with.
-_FORMAT = 2
+_FORMAT = 3
 # These may change from one call to the next: they say how long to search, not what for.
 _LIMITS = ("trials", "time_s", "finalists")
 

@@ -17,21 +17,24 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from autocompress.config import Objective, Sampler
+from autocompress.device import DeviceProfile
 from autocompress.errors import RunFolderError
 from autocompress.evaluate import Evaluation
-from autocompress.plan import Plan
+from autocompress.plan import Plan, candidate_name
 from autocompress.search.front import MAXIMISE, objective_values
 from autocompress.search.space import Space
 
 _NAME = "autocompress"
 _EVALUATION = "evaluation"
-_PLAN = "plan_hash"
+_CANDIDATE = "candidate"
 _FAILURE = "failure"
 _DUPLICATE = "duplicate_of"
 _INTERRUPTED = "interrupted"
 _SEEDS = "seeds"
 _MOST_INTERRUPTIONS = 5
 _DUPLICATES_IN_A_ROW = 20
+# Which of the profile's runtimes; no layer or group can be called so.
+_RUNTIME = "|runtime"
 
 
 @final
@@ -41,6 +44,8 @@ class Proposal:
 
     trial: Trial
     plan: Plan
+    runtime: str
+    candidate: str
 
 
 @final
@@ -50,6 +55,7 @@ class Study:
     Args:
         database: path of the SQLite file, made if missing.
         space: what may be chosen.
+        profile: the device; with several runtimes each trial chooses one.
         objectives: what is optimised.
         sampler: how plans are proposed once the enqueued ones are used up.
         seed: of the sampler.
@@ -62,6 +68,7 @@ class Study:
         self,
         database: Path,
         space: Space,
+        profile: DeviceProfile,
         objectives: Sequence[Objective],
         sampler: Sampler,
         seed: int,
@@ -86,12 +93,15 @@ class Study:
                 advice="give another folder with --run",
             ) from cause
         self._space = space
+        self._profile = profile
         self._objectives = tuple(objectives)
         self._sampler = sampler
         self._seed = seed
         self._distributions: dict[str, BaseDistribution] = {
             p.name: IntDistribution(0, p.highest) for p in space.parameters
         }
+        if len(profile.runtimes) > 1:
+            self._distributions[_RUNTIME] = IntDistribution(0, len(profile.runtimes) - 1)
         self._evaluations: dict[str, Evaluation] = {}
         self._failures: dict[str, str] = {}
         self._recover()
@@ -103,7 +113,7 @@ class Study:
 
     @property
     def failures(self) -> Mapping[str, str]:
-        """Plan hash and reason of every failed trial."""
+        """Candidate's name and reason of every failed trial."""
         return self._failures
 
     @property
@@ -112,9 +122,11 @@ class Study:
         return len(self._evaluations) + len(self._failures)
 
     def enqueue(self, seeds: Sequence[Mapping[str, int]]) -> None:
-        """Put plans before those of the sampler, once per study."""
+        """Put plans before those of the sampler, once per study; each in every runtime."""
         done = int(self._study.user_attrs.get(_SEEDS, 0))
-        for count, seed in enumerate(seeds[done:], done + 1):
+        runtimes = range(len(self._profile.runtimes))
+        everywhere = [{**seed, _RUNTIME: i} for seed in seeds for i in runtimes]
+        for count, seed in enumerate(everywhere[done:], done + 1):
             values = {name: seed.get(name, 0) for name in self._distributions}
             self._study.enqueue_trial(values)
             self._study.set_user_attr(_SEEDS, count)
@@ -125,12 +137,12 @@ class Study:
             exhausted = attempt >= _DUPLICATES_IN_A_ROW
             self._study.sampler = self._make_sampler(attempt, uniform=exhausted)
             trial = self._study.ask(self._distributions)
-            plan = self._space.plan(trial.params)
-            known = self._evaluations.get(plan.hash)
-            if known is None and plan.hash not in self._failures and plan.steps:
-                trial.set_user_attr(_PLAN, plan.hash)
-                return Proposal(trial, plan)
-            trial.set_user_attr(_DUPLICATE, plan.hash)
+            plan, runtime, name = self._meant(trial.params)
+            known = self._evaluations.get(name)
+            if known is None and name not in self._failures and plan.steps:
+                trial.set_user_attr(_CANDIDATE, name)
+                return Proposal(trial, plan, runtime, name)
+            trial.set_user_attr(_DUPLICATE, name)
             if known is None:
                 self._study.tell(trial, state=TrialState.FAIL)
             else:
@@ -147,7 +159,13 @@ class Study:
         """Record a candidate that could not be built or measured."""
         proposal.trial.set_user_attr(_FAILURE, reason)
         self._study.tell(proposal.trial, state=TrialState.FAIL)
-        self._failures[proposal.plan.hash] = reason
+        self._failures[proposal.candidate] = reason
+
+    def _meant(self, values: Mapping[str, int]) -> tuple[Plan, str, str]:
+        """Plan, runtime and candidate's name that parameter values stand for."""
+        plan = self._space.plan(values)
+        runtime = self._profile.runtime_names[values.get(_RUNTIME, 0)]
+        return plan, runtime, candidate_name(plan.hash, runtime, self._profile.runtime_names[0])
 
     def _recover(self) -> None:
         """Take in what earlier calls finished; trials that were interrupted are tried again."""
@@ -163,7 +181,7 @@ class Study:
             elif _FAILURE in trial.user_attrs:
                 if trial.state == TrialState.RUNNING:
                     self._study.tell(trial.number, state=TrialState.FAIL)
-                self._failures[trial.user_attrs[_PLAN]] = trial.user_attrs[_FAILURE]
+                self._failures[trial.user_attrs[_CANDIDATE]] = trial.user_attrs[_FAILURE]
             elif trial.state == TrialState.RUNNING:
                 interrupted.append(trial)
         for trial in interrupted:
@@ -177,14 +195,14 @@ class Study:
         values = trial.system_attrs.get("fixed_params", trial.params)
         if _DUPLICATE in trial.user_attrs or len(values) < len(self._distributions):
             return
-        plan = self._space.plan(values)
+        _, _, name = self._meant(values)
         if times > _MOST_INTERRUPTIONS:
             # A plan that ends the whole process each time must not stop the search for good.
             reason = f"the search was interrupted {times} times while trying it"
             kept = Trial(self._study, trial._trial_id)
-            kept.set_user_attr(_PLAN, plan.hash)
+            kept.set_user_attr(_CANDIDATE, name)
             kept.set_user_attr(_FAILURE, reason)
-            self._failures[plan.hash] = reason
+            self._failures[name] = reason
             return
         self._study.enqueue_trial(values, user_attrs={_INTERRUPTED: times})
 

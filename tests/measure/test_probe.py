@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from autocompress.device import DeviceProfile
-from autocompress.measure.client import Worker
+from autocompress.measure.client import Subject, Worker
 from autocompress.measure.probe import float_chain, int8_chain, probe
 
 
@@ -25,14 +25,17 @@ def test_both_precisions_compute_the_same(
     inputs, outputs = [draw(shape, np.float32)], []
     for name, build in (("float", float_chain), ("int8", int8_chain)):
         onnx.save(build(operator, shape, weights), tmp_path / f"{name}.onnx")
-        outputs.append(worker.predict(tmp_path / f"{name}.onnx", inputs, 1)[0])
+        outputs.append(
+            worker.predict(Subject(tmp_path / f"{name}.onnx", "onnxruntime"), inputs, 1)[0]
+        )
     error = np.linalg.norm(outputs[1] - outputs[0]) / np.linalg.norm(outputs[0])
     assert 0 < error < 0.1
 
 
 def test_the_report_is_complete(profile: DeviceProfile, tmp_path: Path) -> None:
-    report = probe(profile, tmp_path, seed=0)
+    report = probe(profile, "onnxruntime", tmp_path, seed=0)
     assert report.noise_floor >= 0
     assert set(report.int8_pays) == {"Conv", "MatMul"}
-    assert report.device == report.convolution.device == report.matmul.device
+    assert report.runtime == "onnxruntime"
+    assert report.convolution.device == report.matmul.device
     json.dumps(report.to_dict())

@@ -8,30 +8,37 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from autocompress.device import Fingerprint
+from autocompress.device import Fingerprint, RuntimeFacts
 from autocompress.report.columns import COLUMNS
 
 NAN = float("nan")
 DEVICE = Fingerprint(
     profile="cpu",
+    kind="cpu",
     cpu_model="Test CPU",
     instruction_sets=("avx2",),
-    runtime="onnxruntime",
-    runtime_version="1.32.0",
-    provider="CPUExecutionProvider",
+    accelerator="",
     threads=1,
     batch_size=1,
-    graph_optimization="all",
+    runtimes=(
+        RuntimeFacts(
+            name="onnxruntime",
+            version="1.32.0",
+            settings={"name": "onnxruntime", "graph_optimization": "all"},
+        ),
+    ),
 )
 
 
 def row(candidate: str, role: str = "candidate", **changed: Any) -> dict[str, Any]:
     """A row of front.csv that is plausible unless changed."""
     plain = {
-        "candidate": candidate, "role": role, "on_front": True, "metric_search": 0.92,
+        "candidate": candidate, "role": role, "runtime": "onnxruntime", "on_front": True, "metric_search": 0.92,
         "metric_test": NAN, "drop_test_pp": NAN, "latency_ms": 0.4, "speedup": 2.0,
-        "speedup_low": 1.98, "speedup_high": 2.02, "file_bytes": 400_000,
-        "download_bytes": 250_000, "peak_memory_bytes": 31_000_000, "trusted": True,
+        "speedup_low": 1.98, "speedup_high": 2.02, "energy_mj": NAN, "energy_low_mj": NAN,
+        "energy_high_mj": NAN, "file_bytes": 400_000,
+        "download_bytes": 250_000, "peak_memory_bytes": 31_000_000, "gpu_memory_bytes": NAN,
+        "trusted": True,
         "artifact": f"artifacts/{candidate}.onnx", "plan_hash": f"hash{candidate}",
     }  # fmt: skip
     assert set(changed) <= set(COLUMNS)

@@ -23,7 +23,7 @@ def test_model_and_card(run: Path, choice: Choice, tmp_path: Path) -> None:
     assert model == out / "bent.onnx"
     assert model.read_bytes() == (run / "artifacts" / "bent.onnx").read_bytes()
     card = json.loads((out / "bent.json").read_text())
-    assert card["version"] == 1 and card["model"] == "bent.onnx"
+    assert card["version"] == 2 and card["model"] == "bent.onnx"
     assert card["sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
     assert card["plan"] == [{"target": "conv1", "technique": "filter_prune", "pruning_ratio": 0.5}]
     speed = card["figures"]["speedup"]

@@ -26,6 +26,7 @@ def make_evaluation() -> Callable[..., Evaluation]:
     ) -> Evaluation:
         return Evaluation(
             candidate=candidate,
+            runtime=candidate.partition("@")[2] or "onnxruntime",
             plan=tuple((plan or Plan()).to_rows()),
             split=split,
             metric=_measured(metric, 0.01, "share"),

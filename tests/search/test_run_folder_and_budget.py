@@ -5,10 +5,14 @@ import json
 import pytest
 
 from autocompress.config import Experiment, load_search_space
-from autocompress.device import fingerprint, load_profile
+from autocompress.device import load_profile, local_facts, make_fingerprint
 from autocompress.errors import RunFolderError
 from autocompress.search.budget import Budget
 from autocompress.search.run_folder import Identity, RunFolder
+
+
+def fingerprint(profile):
+    return make_fingerprint(profile, local_facts(profile))
 
 
 def identity(**changes):

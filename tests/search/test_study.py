@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autocompress.device import load_profile
 from autocompress.errors import RunFolderError
 from autocompress.search.space import Parameter, Space
 from autocompress.search.study import Study
@@ -21,10 +22,12 @@ def space_of(targets: int, levels: int) -> Space:
 
 
 SPACE = space_of(4, 3)
+CPU = load_profile("cpu")
+BOTH = load_profile("cpu_openvino")
 
 
-def open_study(path, space=SPACE, seed=0, sampler="tpe"):
-    return Study(path / "study.sqlite3", space, OBJECTIVES, sampler, seed)
+def open_study(path, space=SPACE, seed=0, sampler="tpe", device=CPU):
+    return Study(path / "study.sqlite3", space, device, OBJECTIVES, sampler, seed)
 
 
 def figures(plan, make_evaluation):
@@ -117,6 +120,21 @@ def test_seeds_come_first_and_once(tmp_path, make_evaluation):
     assert run(study, 4, make_evaluation)[:2] == expected
 
 
+def test_with_two_runtimes_a_seed_is_tried_in_each(tmp_path, make_evaluation):
+    study = open_study(tmp_path, device=BOTH)
+    study.enqueue([{"layer0|prune": 1}])
+    names = []
+    for runtime in BOTH.runtime_names:
+        proposal = study.propose()
+        assert proposal.runtime == runtime
+        names.append(proposal.candidate)
+        study.succeed(proposal, make_evaluation(proposal.candidate, 0.9, 2.0, plan=proposal.plan))
+    plan = SPACE.plan({"layer0|prune": 1}).hash
+    assert names == [plan, *(f"{plan}@{r}" for r in BOTH.runtime_names[1:])]
+    again = open_study(tmp_path, device=BOTH)
+    assert [e.candidate for e in again.evaluations] == names
+
+
 def test_a_small_space_is_tried_out_and_then_ends(tmp_path, make_evaluation):
     study = open_study(tmp_path, space_of(2, 1))
     hashes = run(study, 100, make_evaluation)
@@ -134,6 +152,6 @@ def test_every_finished_trial_is_in_the_database_once(tmp_path, make_evaluation)
     run(open_study(tmp_path), 6, make_evaluation)
     with sqlite3.connect(tmp_path / "study.sqlite3") as database:
         rows = database.execute(
-            "select value_json from trial_user_attributes where key = 'plan_hash'"
+            "select value_json from trial_user_attributes where key = 'candidate'"
         ).fetchall()
     assert len(rows) == len(set(rows)) == 6
