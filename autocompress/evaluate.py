@@ -247,7 +247,7 @@ class Evaluator:
             paired = self._timing.energy(
                 self._baseline, subject, self._example, final=final, seed=0
             )
-        details |= {"idle_mw": paired.idle_mw, "meter": paired.meter}
+        details |= {"idle_mw": paired.idle_mw, "meter": paired.samples.scope}
         return paired.energy()
 
     def _code(self, model: Path, details: dict[str, Any]) -> int | None:

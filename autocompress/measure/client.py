@@ -233,10 +233,7 @@ class Worker:
         }
         with self._one_request:
             answer = self._ask(request, self._profile.measuring.hang_limit_s)
-        return tuple(
-            NodeTime(**{k: tuple(v) if isinstance(v, list) else v for k, v in node.items()})
-            for node in answer["nodes"]
-        )
+        return tuple(NodeTime.from_dict(node) for node in answer["nodes"])
 
     def close(self) -> None:
         """End the child and remove this worker's own files; stored inputs stay."""

@@ -96,7 +96,7 @@ def probe(profile: DeviceProfile, runtime: str, scratch: Path, seed: int) -> Pro
 
         def pair(baseline: str, candidate: str, shape: tuple[int, ...]) -> PairedLatency:
             inputs = [generator.standard_normal(shape, dtype=np.float32)]
-            sides = [Subject(paths[name], runtime) for name in (baseline, candidate)]
+            sides = (Subject(paths[baseline], runtime), Subject(paths[candidate], runtime))
             return worker.compare(*sides, inputs, seed=seed)
 
         return ProbeReport(

@@ -178,7 +178,8 @@ class _Pair:
 
 def _take_memory(generator: np.random.Generator) -> list[Array]:
     """Blocks of memory of random sizes, in use."""
-    sizes = np.exp(generator.uniform(*np.log(_TAKEN_BYTES), size=_TAKEN_BLOCKS))
+    smallest, largest = np.log(_TAKEN_BYTES)
+    sizes = np.exp(generator.uniform(smallest, largest, size=_TAKEN_BLOCKS))
     return [np.ones(int(size), dtype=np.uint8) for size in sizes]
 
 

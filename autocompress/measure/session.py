@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -46,6 +46,12 @@ class NodeTime:
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> NodeTime:
+        """Read back what `dataclasses.asdict` and JSON made of it."""
+        lists = {name: tuple(data[name]) for name in ("inputs", "outputs", "origins")}
+        return NodeTime(**{**data, **lists})
 
 
 class Session(ABC):

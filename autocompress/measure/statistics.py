@@ -91,8 +91,8 @@ def bootstrap_ratio(
     if count != len(candidate) or count == 0:
         raise ValueError(f"paired rounds needed, got {count} and {len(candidate)}")
     for runs in (*baseline, *candidate):
-        times = np.asarray(runs, dtype=np.float64)
-        if not times.size or not np.all(np.isfinite(times) & (times > 0)):
+        checked = np.asarray(runs, dtype=np.float64)
+        if not checked.size or not np.all(np.isfinite(checked) & (checked > 0)):
             raise ValueError("latencies must be positive and finite, at least one a round")
     draws = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
     times = [quiet_time(_flat(side)) for side in (baseline, candidate)]

@@ -19,6 +19,7 @@ from autocompress.measure.lock import hold
 from autocompress.measure.models import Models
 from autocompress.measure.runtimes import runtime_for
 from autocompress.measure.sampling import Stopping, sample_pairs
+from autocompress.measure.session import Session
 
 Operation = Callable[[Setup, Models, Request, Beat], dict[str, Any]]
 
@@ -59,12 +60,16 @@ def predict(setup: Setup, models: Models, request: Request, beat: Beat) -> dict[
 def compare(setup: Setup, models: Models, request: Request, beat: Beat) -> dict[str, Any]:
     """Sample baseline and candidate in turn on the first `batch_size` rows of the inputs."""
     batch = models.batch(request)
-    loaders = []
-    for side in ("baseline", "candidate"):
-        models.session(request[side], batch)
+
+    def load(side: str) -> Session:
+        session = models.load(request[side], batch)
+        # Some runtimes compile for minutes.
         beat()
-        loaders.append(partial(models.load, request[side], batch))
-    return asdict(sample_pairs(*loaders, batch, Stopping(**request["stopping"]), setup.cores))
+        return session
+
+    loads = (partial(load, "baseline"), partial(load, "candidate"))
+    stopping = Stopping(**request["stopping"])
+    return asdict(sample_pairs(loads[0], loads[1], batch, stopping, setup.cores))
 
 
 def profile(setup: Setup, models: Models, request: Request, beat: Beat) -> dict[str, Any]:

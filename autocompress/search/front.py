@@ -129,6 +129,8 @@ def build_front(
 def check_comparable(evaluations: Sequence[Evaluation]) -> None:
     """Check that figures may stand in one front: one device, all measured or all estimated.
 
+    A device is its fingerprint: the machine, threads and batch size; runtimes may differ.
+
     Raises:
         RunFolderError: they may not.
     """

@@ -33,7 +33,8 @@ DEVICE = Fingerprint(
 def row(candidate: str, role: str = "candidate", **changed: Any) -> dict[str, Any]:
     """A row of front.csv that is plausible unless changed."""
     plain = {
-        "candidate": candidate, "role": role, "runtime": "onnxruntime", "on_front": True, "metric_search": 0.92,
+        "candidate": candidate, "role": role, "runtime": "onnxruntime", "on_front": True,
+        "metric_search": 0.92,
         "metric_test": NAN, "drop_test_pp": NAN, "latency_ms": 0.4, "speedup": 2.0,
         "speedup_low": 1.98, "speedup_high": 2.02, "energy_mj": NAN, "energy_low_mj": NAN,
         "energy_high_mj": NAN, "file_bytes": 400_000,

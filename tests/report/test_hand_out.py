@@ -31,7 +31,7 @@ def test_model_and_card(run: Path, choice: Choice, tmp_path: Path) -> None:
     assert card["figures"]["latency_ms"]["unit"] == "ms"
     assert card["figures"]["drop_test_pp"]["value"] == pytest.approx(0.8)
     assert card["device"]["cpu_model"] == "Test CPU"
-    assert card["run_with"]["provider"] == "CPUExecutionProvider"
+    assert card["run_with"]["settings"]["graph_optimization"] == "all"
     assert card["run_with"]["threads"] == 1
     assert card["reason"] == choice.reason
     assert read_card(out / "bent.json").name == "bent"

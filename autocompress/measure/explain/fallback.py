@@ -143,4 +143,18 @@ def _finding(case: Case, reason: Reason, times: list[LayerTime]) -> Finding:
             f" Weights and biases turned back to float at every run: "
             f"{count(len(weights), 'node')}, {milliseconds(unrounding)}."
         )
-    return Finding("float_fallback", found, spent + unrounding, seen, reason.why, reason.advice)
+    why = reason.why
+    if weights and case.onnxruntime and _were_blocked(case, found):
+        why += (
+            " As their weights are made anew at every run, ONNX Runtime cannot use its blocked "
+            "float kernels for them either."
+        )
+    return Finding("float_fallback", found, spent + unrounding, seen, why, reason.advice)
+
+
+def _were_blocked(case: Case, found: tuple[str, ...]) -> bool:
+    return any(
+        change.before is not None and change.before.blocked
+        for change in case.changes
+        if any(time.layer.name in found and not time.blocked for time in change.after)
+    )

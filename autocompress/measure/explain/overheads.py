@@ -48,12 +48,13 @@ def _conversions(case: Case) -> Finding | None:
     between = _float_operators(case.candidate.graph, nodes)
     why = "Values are rounded to integers and turned back wherever float and integer nodes meet."
     advice = "the first and the last one are needed"
-    if 2 * len(beside) > len(nodes):
-        why += " Most of these stand around layers that are quantized in the file but ran in float."
-        advice = "mend that (see there), and most of these go"
-    elif between:
+    if beside:
+        why += f" {len(beside)} of them stand around layers that fell back to float."
+        advice = "mend first what keeps those layers in float; most of these nodes go with it"
+    if between:
         told = ", ".join(f"{name} ({times})" for name, times in between.most_common(5))
         why += f" Operators that read or make float values between them: {told}."
+    if between and not beside:
         advice = (
             "let the quantizer round these operators too where the runtime has integer kernels of "
             "them, or leave the layers around them in float"

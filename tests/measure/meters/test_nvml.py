@@ -87,10 +87,14 @@ def test_the_power_reading_where_there_is_no_counter(standin: Path, device_profi
 def test_a_sensor_that_sees_a_quarter_of_the_time(standin: Path, device_profile) -> None:
     settings = {"STANDIN_SENSES": "0.25", "STANDIN_STRANGERS": "2", "STANDIN_WARMING": "20"}
     paired, answer = spin(standin, device_profile(kind="cuda"), settings)
-    assert_true(paired, answer["truth_mj"])
+    # On a loaded machine a quarter of the time is not all of it; a wrong scale is four times off.
+    for figure, truth in zip(
+        (paired.baseline_mj, paired.candidate_mj), answer["truth_mj"], strict=True
+    ):
+        assert figure == pytest.approx(truth, rel=0.2)
     assert not paired.trusted
     assert "2 other processes were" in paired.reason and "stop them" in paired.reason
-    assert "temperature changed by +" in paired.reason
+    assert "a hot device draws more" in paired.reason
 
 
 def test_the_report_of_a_meter(standin: Path, device_profile) -> None:
