@@ -50,7 +50,10 @@ def device_table(
 
 def where(device: Fingerprint) -> str:
     """The device in a few words."""
-    runtimes = ", ".join(f"{r.name} {r.version}" for r in device.runtimes)
+    first = device.runtimes[0]
+    runtimes = f"{first.name} {first.version}"
+    if len(device.runtimes) > 1:
+        runtimes = f"{len(device.runtimes)} runtimes"
     threads = f"{device.threads} thread{'s' if device.threads > 1 else ''}"
     return f"{device.accelerator or device.cpu_model}, {runtimes}, {threads}"
 

@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from autocompress.measure.explain.breakdown import LayerTime
 from autocompress.measure.explain.changes import Change
 from autocompress.measure.explain.explanation import Explanation, spent_on
 from autocompress.report import figures
@@ -122,10 +123,15 @@ def _what(change: Change) -> str:
 def _ran_in(change: Change) -> str:
     """Precisions before and after, and what the file had asked for where that is another."""
     before = _SHORT.get(change.before.precision, "?") if change.before else ""
-    after = "+".join(dict.fromkeys(_SHORT.get(t.precision, t.precision) for t in change.after))
+    after = "+".join(dict.fromkeys(_now(time) for time in change.after))
     wanted = any(t.layer.quantized and t.precision not in ("integers", "") for t in change.after)
     text = after if before in ("", after) or not after else f"{before} > {after}"
     return f"{text} (not int8)" if wanted else text or before
+
+
+def _now(time: LayerTime) -> str:
+    # Blocks of 4-bit weights are multiplied by inputs of 8 bits.
+    return "int4" if time.layer.scheme == "blocks" else _SHORT.get(time.precision, time.precision)
 
 
 def _ratio(change: Change) -> str:

@@ -87,10 +87,10 @@ def convolutions() -> onnx.ModelProto:
         "k1": draw(8, 3, 3, 3, seed=1),
         "b1": draw(8, seed=2),
         "k2": draw(8, 8, 3, 3, seed=3),
-        "w": draw(5, 8 * 16, seed=4),
+        "w": draw(5, 8 * 16 * 16, seed=4),
         "b": draw(5, seed=5),
     }
-    return build(nodes, {"x": [BATCH, 3, 8, 8]}, ["y"], constants)
+    return build(nodes, {"x": [BATCH, 3, 32, 32]}, ["y"], constants)
 
 
 def two_inputs() -> onnx.ModelProto:
@@ -123,7 +123,7 @@ def rounded_convolution() -> onnx.ModelProto:
         helper.make_node("QuantizeLinear", ["c", "s_y", "z_y"], ["e"], "round_out"),
         helper.make_node("DequantizeLinear", ["e", "s_y", "z_y"], ["y"], "unround_out"),
     ]
-    return build(nodes, {"x": [BATCH, 8, 10, 10]}, ["y"], constants)
+    return build(nodes, {"x": [BATCH, 8, 24, 24]}, ["y"], constants)
 
 
 def packed_linear() -> onnx.ModelProto:

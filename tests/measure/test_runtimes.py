@@ -41,9 +41,9 @@ ON_GPU = (
     PyTorchSettings(name="pytorch", precision="bf16"),
 )
 FILES = {
-    "convolutions": (files.convolutions, [(3, 8, 8)]),
+    "convolutions": (files.convolutions, [(3, 32, 32)]),
     "two_inputs": (files.two_inputs, [(6,), (4,)]),
-    "rounded": (files.rounded_convolution, [(8, 10, 10)]),
+    "rounded": (files.rounded_convolution, [(8, 24, 24)]),
     "packed": (files.packed_linear, [(128,)]),
     "own_function": (files.function_of_inputs, [(4,)]),
 }
@@ -211,7 +211,7 @@ def test_the_profile_lists_what_ran(runtime, settings, paths) -> None:
     assert all(described.fullmatch(text) for n in nodes for text in (*n.inputs, *n.outputs))
     convolutions = [node for node in nodes if "conv" in node.operator.lower()]
     assert [node.origins[0] for node in convolutions] == ["first", "second"]
-    assert "float32[2,8,8,8]" in convolutions[1].inputs
+    assert "float32[2,8,32,32]" in convolutions[1].inputs
 
 
 def test_the_profiles_origins_are_the_files_nodes(runtime, settings, paths) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, final
 
 from autocompress.measure.explain.graph import FileGraph
@@ -55,12 +55,13 @@ class LayerTime:
 class Breakdown:
     """A model's time by what it was spent on; milliseconds of one run.
 
-    All times are scaled by one factor so that their sum is at most the latency: profiling itself
-    takes time. Where the profile's sum is smaller, the rest is `between_ms`.
+    Profiling takes time itself. Where the profile's sum is more than the latency, an equal part is
+    taken off every node, at most the shortest node's time, and what is still too much is scaled
+    down; the nodes then add up to the latency. Where it is less, the rest is `between_ms`.
 
     Attributes:
         latency_ms: measured without a profile.
-        profile_ms: the profile's sum.
+        profile_ms: the profile's sum, nothing taken off.
         layers: those of the file for which the profile has nodes.
         missing: layers of the file for which it has none.
         conversions: nodes that change types: rounding, unrounding, casts.
@@ -114,8 +115,7 @@ def break_down(graph: FileGraph, nodes: Sequence[NodeTime], latency_ms: float) -
         latency_ms: of the model, measured without a profile.
     """
     total = sum(node.milliseconds for node in nodes)
-    factor = min(1.0, latency_ms / total) if total > 0 else 1.0
-    scaled = [_scaled(node, factor) for node in nodes]
+    scaled = _without_overhead(nodes, latency_ms)
     layers = layers_of(graph)
     owners = {key: place for place, layer in enumerate(layers) for key in layer.nodes}
     own: list[list[NodeTime]] = [[] for _ in layers]
@@ -160,11 +160,16 @@ def _layer_time(layer: Layer, nodes: Sequence[NodeTime]) -> LayerTime:
     return LayerTime(layer, tuple(nodes), total, precision_of(main))
 
 
-def _scaled(node: NodeTime, factor: float) -> NodeTime:
-    return NodeTime(
-        node.name, node.operator, node.kernel, node.milliseconds * factor, node.inputs,
-        node.outputs, node.origins,
-    )  # fmt: skip
+def _without_overhead(nodes: Sequence[NodeTime], latency_ms: float) -> list[NodeTime]:
+    """The nodes with times that add up to at most the latency; see `Breakdown`."""
+    times = [node.milliseconds for node in nodes]
+    total = sum(times)
+    if total <= latency_ms:
+        return list(nodes)
+    each = min((total - latency_ms) / len(times), min(times))
+    rest = total - each * len(times)
+    factor = latency_ms / rest if rest > 0 else 0.0
+    return [replace(n, milliseconds=(n.milliseconds - each) * factor) for n in nodes]
 
 
 def _types(values: Sequence[str]) -> list[str]:

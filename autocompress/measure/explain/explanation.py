@@ -207,14 +207,13 @@ def _notes(case: Case, speed: Speed) -> list[str]:
     notes = []
     if speed.reason:
         notes.append(f"The measurement is not to be trusted: {speed.reason}.")
-    for name, model in (("original", case.baseline), ("candidate", case.candidate)):
-        slowed = model.profile_ms / model.latency_ms - 1
-        if slowed > 0:
-            notes.append(
-                f"Times of the {name}'s nodes come from the runtime's profile, which counts "
-                f"{slowed:.0%} more than the run takes without it; they are scaled down to add up "
-                "to the measured latency."
-            )
+    slowed = [m.profile_ms / m.latency_ms - 1 for m in (case.baseline, case.candidate)]
+    if max(slowed) > 0:
+        notes.append(
+            "Times of nodes come from the runtime's profile, which takes time itself: its sums are "
+            f"{slowed[0]:+.0%} (original) and {slowed[1]:+.0%} (candidate) off the measured "
+            "latencies. An equal part was taken off every node; what was still too much was scaled."
+        )
     missing = [layer.name for layer in case.candidate.missing]
     if missing:
         kinds = Counter(node.operator for node in case.candidate.others)

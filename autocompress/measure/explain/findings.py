@@ -25,7 +25,7 @@ Kind = Literal[
     "outside_layers",
 ]
 # Findings about less than this share of the candidate's time are left out.
-LEAST_SHARE = 0.005
+LEAST_SHARE = 0.01
 _NAMED = 4
 
 

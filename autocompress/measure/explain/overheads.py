@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
+from autocompress.measure.explain.breakdown import LayerTime
 from autocompress.measure.explain.fallback import fallen
 from autocompress.measure.explain.findings import (
     Case,
@@ -40,14 +41,17 @@ def overheads(case: Case) -> list[Finding]:
 def _conversions(case: Case) -> Finding | None:
     weights = case.candidate.weight_conversions(time.layer.name for time in fallen(case))
     nodes = [n for n in case.candidate.conversions if n not in weights]
-    extra = _total(nodes) - _total(case.baseline.conversions)
-    if not nodes or extra <= 0:
+    inner = [n for n in nodes if not _at_border(case.candidate.graph, n)]
+    if not inner or _total(nodes) <= _total(case.baseline.conversions):
         return None
     around = {key for time in fallen(case) for key in time.layer.rounding.nodes}
     beside = [n for n in nodes if around & set(n.origins)]
     between = _float_operators(case.candidate.graph, nodes)
     why = "Values are rounded to integers and turned back wherever float and integer nodes meet."
-    advice = "the first and the last one are needed"
+    advice = "leave fewer borders between float and integers; the first and the last are needed"
+    if any(n.operator == "DynamicQuantizeLinear" for n in nodes):
+        why += " Ranges that are taken anew at each run need a node before every layer."
+        advice = "take fixed ranges from calibration data where accuracy allows it (static)"
     if beside:
         why += f" {len(beside)} of them stand around layers that fell back to float."
         advice = "mend first what keeps those layers in float; most of these nodes go with it"
@@ -67,6 +71,15 @@ def _conversions(case: Case) -> Finding | None:
     )  # fmt: skip
 
 
+def _at_border(graph: FileGraph, node: NodeTime) -> bool:
+    """Whether a conversion takes the model's input or gives its output."""
+    found = [graph.node(key) for key in node.origins]
+    return any(
+        n is not None and (graph.maker(n.inputs[0]) is None or set(n.outputs) & set(graph.outputs))
+        for n in found
+    )
+
+
 def _float_operators(graph: FileGraph, nodes: Sequence[NodeTime]) -> Counter[str]:
     """The file's operators, other than layers, beside roundings that remained."""
     found: dict[str, str] = {}
@@ -84,13 +97,13 @@ def _float_operators(graph: FileGraph, nodes: Sequence[NodeTime]) -> Counter[str
 def _layouts(case: Case) -> Finding | None:
     nodes = [n for n in case.candidate.layouts if n.operator not in _COPYING]
     extra = _total(nodes) - _total(case.baseline.layouts)
-    if not nodes or extra < case.least_ms:
+    if not nodes or extra <= 0:
         return None
     kinds = Counter(n.operator for n in nodes)
     told = ", ".join(f"{name} ({times})" for name, times in kinds.most_common())
     before = count(len(case.baseline.layouts), "node")
     return Finding(
-        "layout_changes", (), _total(nodes),
+        "layout_changes", (), extra,
         f"Values put in another order: {count(len(nodes), 'node')} that the file does not have "
         f"({told}), {_share(case, _total(nodes))}; {before} in the original.",
         "The runtime's fast kernels keep channels in another order than the file. At every border "
@@ -109,6 +122,9 @@ def _missed_tile(case: Case) -> Finding | None:
             padded = -(-channels // tile) * tile
             if channels in (0, known, padded) or time.layer.groups > 1:
                 continue
+            # General matrix products have no steps of channels; `left_fast_kernels` tells these.
+            if change.before and change.before.blocked and _in_general_kernel(time):
+                continue
             waste = time.milliseconds * (1 - channels / padded)
             if waste > _LEAST_WASTE * time.milliseconds and waste >= case.least_ms / 2:
                 layers.append(time.layer.name)
@@ -122,9 +138,14 @@ def _missed_tile(case: Case) -> Finding | None:
         f"Output channels between the kernels' steps of {case.tile}: {names(ordered)}.",
         f"The kernels compute {case.tile} channels at a time; the last step costs as much as a "
         "full one. Float kernels round input channels up as well.",
-        f"go down to the next multiple of {case.tile} to be faster, or up to it for more accuracy "
-        "at the same time (`channel_multiple` in the device profile)",
+        f"go down to a multiple of {case.tile} to be faster, or up to one for more accuracy in the "
+        f"same time; under {case.tile} channels nothing more is saved (`channel_multiple` in the "
+        "device profile)",
     )  # fmt: skip
+
+
+def _in_general_kernel(time: LayerTime) -> bool:
+    return time.precision.startswith("float") and not time.blocked
 
 
 def _storage_only(case: Case) -> Finding | None:

@@ -35,7 +35,7 @@ class Bench:
     """Two models whose difference in time is that of `copies` copies of a block.
 
     Attributes:
-        inputs: one array per input of either model.
+        inputs: one array per input of either model, with one row that is the block's own input.
     """
 
     one: bytes
@@ -53,7 +53,7 @@ def bench(block: Block, seed: int = 0) -> Bench:
     room = _WEIGHT_BYTES // max(block.weight_bytes, 1)
     copies = int(np.clip(room, _FEWEST_COPIES, MOST_COPIES))
     generator = np.random.default_rng(seed)
-    inputs = tuple(random_input(kind, generator) for kind in block.inputs)
+    inputs = tuple(random_input(kind, generator)[None] for kind in block.inputs)
     chained = chained_input(block)
     models = []
     for count in (1, copies + 1):
@@ -88,7 +88,7 @@ def empty_bench(inputs: Sequence[TensorType], outputs: Sequence[TensorType]) -> 
         nodes.append(helper.make_node("Cast", ["first"], [f"v{i}"], to=kind.element))
         nodes.append(helper.make_node("Add", [f"k{i}", f"v{i}"], [f"o{i}"]))
     model = finished_model(nodes, constants, inputs, outputs, ())
-    return Bench(model, model, 1, tuple(random_input(kind, generator) for kind in inputs))
+    return Bench(model, model, 1, tuple(random_input(kind, generator)[None] for kind in inputs))
 
 
 def chained_input(block: Block) -> int | None:

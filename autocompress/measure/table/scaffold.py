@@ -138,13 +138,24 @@ def finished_model(
     outputs: Sequence[TensorType],
     opsets: Sequence[tuple[str, int]],
 ) -> bytes:
-    """A serialized model with inputs `i0`, `i1`, ... and outputs `o0`, `o1`, ..."""
+    """A serialized model with inputs `i0`, `i1`, ... and outputs `o0`, `o1`, ...
+
+    The model's own inputs are `rows0`, ... of one row each.
+    """
+    shapes = [
+        numpy_helper.from_array(np.array(kind.shape, np.int64), f"shape{i}")
+        for i, kind in enumerate(inputs)
+    ]
+    unpacked = [
+        helper.make_node("Reshape", [f"rows{i}", f"shape{i}"], [f"i{i}"])
+        for i, _ in enumerate(inputs)
+    ]
     graph = helper.make_graph(
-        nodes,
+        [*unpacked, *nodes],
         "bench",
-        [_info(f"i{i}", kind) for i, kind in enumerate(inputs)],
+        [_info(f"rows{i}", TensorType(k.element, (1, *k.shape))) for i, k in enumerate(inputs)],
         [_info(f"o{i}", kind) for i, kind in enumerate(outputs)],
-        constants,
+        [*constants, *shapes],
     )
     versions = {"": _DEFAULT_OPSET, **dict(opsets)}
     imports = [helper.make_opsetid(domain, version) for domain, version in versions.items()]

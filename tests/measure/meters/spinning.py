@@ -18,8 +18,8 @@ from autocompress.measure.energy_statistics import EnergyStopping
 from autocompress.measure.meters import meter_for
 from autocompress.measure.session import Array, Session
 
-PLAN = WindowPlan(gap_s=0.02, lead_s=0.05, window_s=0.3)
-STOPPING = EnergyStopping(target_half_width=0.02, time_limit_s=4.0, minimum_pairs=3, seed=0)
+PLAN = WindowPlan(gap_s=0.02, lead_s=0.05, window_s=0.25)
+STOPPING = EnergyStopping(target_half_width=0.05, time_limit_s=4.0, minimum_pairs=3, seed=0)
 
 
 class Spinning(Session):

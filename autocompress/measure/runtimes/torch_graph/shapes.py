@@ -91,19 +91,22 @@ def _resize(node: Node) -> Run:
     where = node.value("coordinate_transformation_mode", "half_pixel")
     key = (mode, where)
     nearest_up = mode == "nearest" and node.value("nearest_mode", "") != "floor"
-    if key not in _RESIZES or nearest_up or "axes" in node.attributes or len(shape) not in _LINEAR:
+    special = {"antialias", "axes", "keep_aspect_ratio_policy"} & node.attributes.keys()
+    if key not in _RESIZES or nearest_up or special or len(shape) not in _LINEAR:
         raise node.refused(f"mode {mode}, {where} is not covered")
+    arguments: dict[str, Any] = {"mode": _LINEAR[len(shape)], **_RESIZES[key]}
     if node.has(3):
         sizes = node.constant_ints(3)
+        arguments["size"], factors = sizes[2:], [s / o for s, o in zip(sizes, shape, strict=True)]
     else:
         if not node.constant[2]:
             raise node.refused("its scales depend on the data")
-        scales = node.example(2).tolist()
-        sizes = tuple(math.floor(s * scale) for s, scale in zip(shape, scales, strict=True))
-    if sizes[:2] != shape[:2]:
+        factors = node.example(2).tolist()
+        # Not the sizes, which are rounded: values lie where the scales say.
+        arguments["scale_factor"] = factors[2:]
+    if factors[:2] != [1, 1]:
         raise node.refused("resizing channels is not covered")
-    arguments = {"mode": _LINEAR[len(shape)], **_RESIZES[key]}
-    return lambda x, *_: F.interpolate(x, size=sizes[2:], **arguments)
+    return lambda x, *_: F.interpolate(x, **arguments)
 
 
 SHAPES: Final[Mapping[str, Callable[[Node], Run]]] = {

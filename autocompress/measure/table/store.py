@@ -1,0 +1,134 @@
+"""The cache of a latency table: one file of JSON lines per device and runtime, only added to."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from autocompress.errors import MeasurementError
+from autocompress.measure.table.block import Block, TensorType
+
+_FORMAT = 1
+
+
+@final
+@dataclass(frozen=True)
+class Entry:
+    """What one block takes.
+
+    Attributes:
+        key: see `Block.key`; of an overhead, `overhead_key`.
+        block: None for the overhead of a run.
+        latency_ms: may be below zero by about the noise.
+        noise_ms: half-width of its 95 % interval.
+    """
+
+    key: str
+    block: Block | None
+    latency_ms: float
+    noise_ms: float
+
+
+def overhead_key(inputs: tuple[TensorType, ...], outputs: tuple[TensorType, ...]) -> str:
+    """What the overhead of a run is kept under."""
+    return f"run {','.join(t.text for t in inputs)} -> {','.join(t.text for t in outputs)}"
+
+
+def cache_path(runtime_id: str) -> Path:
+    """Where the entries of a device and runtime are kept.
+
+    Args:
+        runtime_id: see `Fingerprint.runtime_id`.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "autocompress" / "latency" / f"{runtime_id}.jsonl"
+
+
+@final
+class Store:
+    """Entries on disk; every added one is there when the call returns, also after a kill.
+
+    Any number of processes may add to a file. Of entries with one key the last counts.
+
+    Args:
+        path: made, with its folder, when the first entry is added.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def entries(self) -> dict[str, Entry]:
+        """All entries by key; a line that was torn by a kill is left out.
+
+        Raises:
+            MeasurementError: the file cannot be read.
+        """
+        try:
+            text = self.path.read_bytes() if self.path.is_file() else b""
+        except OSError as cause:
+            raise MeasurementError(
+                f"The latency table's cache cannot be read: {cause}", given=self.path
+            ) from cause
+        return {entry.key: entry for entry in _read_lines(text)}
+
+    def add(self, entry: Entry) -> None:
+        """Add an entry.
+
+        Raises:
+            MeasurementError: the file cannot be written.
+        """
+        line = json.dumps(
+            {
+                "format": _FORMAT,
+                "key": entry.key,
+                "latency_ms": entry.latency_ms,
+                "noise_ms": entry.noise_ms,
+                "block": None if entry.block is None else json.loads(entry.block.to_json()),
+            },
+            separators=(",", ":"),
+        )
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab+") as file:
+                # Released when the file is closed, or the process ends.
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.write(_after_torn_line(file.fileno()) + line.encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as cause:
+            raise MeasurementError(
+                f"The latency table's cache cannot be written: {cause}",
+                given=self.path,
+                advice="set XDG_CACHE_HOME to a folder that can be written to",
+            ) from cause
+
+
+def _after_torn_line(handle: int) -> bytes:
+    """A line feed, if the file ends in the middle of a line."""
+    size = os.fstat(handle).st_size
+    return b"\n" if size and os.pread(handle, 1, size - 1) != b"\n" else b""
+
+
+def _read_lines(text: bytes) -> Iterator[Entry]:
+    for line in text.split(b"\n"):
+        try:
+            data = json.loads(line)
+            if data["format"] == _FORMAT:
+                yield _entry(data)
+        except (ValueError, KeyError, TypeError, IndexError):
+            continue
+
+
+def _entry(data: Mapping[str, Any]) -> Entry:
+    block = data["block"]
+    return Entry(
+        str(data["key"]),
+        None if block is None else Block.from_json(json.dumps(block)),
+        float(data["latency_ms"]),
+        float(data["noise_ms"]),
+    )
