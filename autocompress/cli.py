@@ -207,7 +207,7 @@ def profile(
         found = make_fingerprint(wanted, host_of(wanted).facts(Path(scratch)))
         reports = {}
         for name in wanted.runtime_names:
-            _say(f"{name}: int8 against fp32, and the noise floor")
+            _say(f"measuring in {name}: int8 against fp32, and the noise floor")
             reports[name] = probe(wanted, name, Path(scratch), 0)
     meter = meter_report(wanted)
     if as_json:
@@ -216,6 +216,29 @@ def profile(
         print(json.dumps(data, indent=1))
     else:
         _console().print(device_table(wanted, found, reports, meter))
+
+
+@app.command()
+def explain(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    candidate: Annotated[str, typer.Argument(help="A candidate, as front.csv calls it.")],
+    everything: Annotated[bool, typer.Option("--all", help="Show every layer.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say why a candidate is, or is not, faster than the original, layer by layer.
+
+    Example: autocompress explain runs/digits stock_int8
+    """
+    from autocompress.report.explain import explanation_parts
+    from autocompress.report.explain_run import explain as explain_candidate
+
+    explanation = explain_candidate(run, candidate, _say)
+    if as_json:
+        print(json.dumps(explanation.to_dict(), indent=1))
+        return
+    console = _console()
+    for part in explanation_parts(explanation, everything=everything):
+        console.print(part)
 
 
 @app.command()
@@ -274,7 +297,7 @@ def decode(
 
 
 def _say(text: str) -> None:
-    print(f"measuring {text} ...", file=sys.stderr)
+    print(f"{text} ...", file=sys.stderr)
 
 
 def _sizes(texts: list[str]) -> dict[str, int]:

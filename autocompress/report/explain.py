@@ -17,6 +17,10 @@ from autocompress.report import figures
 
 _WIDTH: Final = 100
 _MOST_LAYERS: Final = 40
+# Profiles count microseconds; ratios of less say nothing.
+_SHORTEST_MS: Final = 0.001
+# Shares of the run under which a slower layer is not marked.
+_TELLING: Final = 0.005
 _SHORT: Final = {
     "integers": "int8", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "": "?",
 }  # fmt: skip
@@ -54,12 +58,12 @@ def time_table(explanation: Explanation) -> Table:
     before, after = spent_on(explanation.baseline), spent_on(explanation.after)
     for name in before:
         if before[name] or after[name]:
-            table.add_row(name, figures.number(before[name]), figures.number(after[name]))
+            table.add_row(name, _ms(before[name]), _ms(after[name]))
     table.add_section()
     table.add_row(
         f"measured, in {explanation.runtime}",
-        figures.number(explanation.baseline.latency_ms),
-        figures.number(explanation.after.latency_ms),
+        _ms(explanation.baseline.latency_ms),
+        _ms(explanation.after.latency_ms),
         style="bold",
     )
     nodes = (explanation.baseline.node_count, explanation.after.node_count)
@@ -79,23 +83,24 @@ def layer_table(
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("ran in", no_wrap=True)
     table.width = width
+    least = _TELLING * explanation.after.latency_ms
     for change in changes:
-        style = "red" if change.before and change.gain_ms < -0.05 * change.before_ms else ""
+        slower = change.before is not None and change.gain_ms < -least
         table.add_row(
             Text(change.name),
             Text(_what(change)),
-            figures.number(change.before_ms) if change.before else figures.ABSENT,
-            figures.number(change.after_ms) if change.after else "gone",
+            _ms(change.before_ms) if change.before else figures.ABSENT,
+            _ms(change.after_ms) if change.after else "gone",
             _ratio(change),
             Text(_ran_in(change)),
-            style=style,
+            style="red" if slower else "",
         )
     left = len(explanation.changes) - len(changes)
     if left:
         rest = [c for c in explanation.changes if c not in changes]
         table.caption = Text(
-            f"{left} more layers: {figures.number(sum(c.before_ms for c in rest))} ms before, "
-            f"{figures.number(sum(c.after_ms for c in rest))} ms now",
+            f"{left} more layers: {_ms(sum(c.before_ms for c in rest))} ms before, "
+            f"{_ms(sum(c.after_ms for c in rest))} ms now",
             style="dim",
         )
         table.caption_justify = "left"
@@ -135,9 +140,13 @@ def _now(time: LayerTime) -> str:
 
 
 def _ratio(change: Change) -> str:
-    if not change.before or not change.after_ms:
+    if min(change.before_ms, change.after_ms) < _SHORTEST_MS:
         return figures.ABSENT
     return f"{change.before_ms / change.after_ms:.2f}x"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 100 else f"{value:.1f}"
 
 
 def _sentence(text: str) -> str:

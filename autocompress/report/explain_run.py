@@ -132,7 +132,9 @@ def explain_files(
     return result if inputs is not None else replace(result, notes=(*result.notes, _RANDOM))
 
 
-def _explain(worker: Worker, profile: DeviceProfile, pair: _Pair, progress: Progress) -> Explanation:
+def _explain(
+    worker: Worker, profile: DeviceProfile, pair: _Pair, progress: Progress
+) -> Explanation:
     runtime = pair.candidate.runtime
     speed = pair.speed
     if speed is None:

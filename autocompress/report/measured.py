@@ -104,7 +104,7 @@ def measure_files(
         first = Subject(wanted.baseline, profile.runtime_names[0])
         rows = []
         for subject in _subjects(wanted, first):
-            advance(f"{subject.model.name} in {subject.runtime}")
+            advance(f"measuring {subject.model.name} in {subject.runtime}")
             try:
                 rows.append(_measure(worker, profile, wanted, (first, subject), inputs))
             except MeasurementError as reason:

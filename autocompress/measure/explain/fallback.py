@@ -56,6 +56,11 @@ _WRONG_AXIS: Final = Reason(
     "takes one scale per output channel or one in all.",
     "quantize these weights per output channel (the last axis of a MatMul's weight) or per tensor",
 )
+_DYNAMIC_RANGES: Final = Reason(
+    "The file takes the ranges of their inputs anew at each run; this runtime has no integer "
+    "kernel for that.",
+    "take fixed ranges from calibration data (static)",
+)
 _UNKNOWN: Final = Reason(
     "The file has roundings around these layers, but the runtime did not fuse them into an "
     "integer kernel; the file does not show why.",
@@ -88,6 +93,8 @@ def reason_of(case: Case, layer: Layer) -> Reason:
         return _WIDE_SIDE
     if layer.weight_type in _NARROW:
         return _NARROW_WEIGHT
+    if layer.scheme == "dynamic":
+        return _DYNAMIC_RANGES
     if not case.onnxruntime:
         return _UNKNOWN
     if ends.output_type == "float" and layer.operator not in _FREE_OUTPUT:

@@ -23,6 +23,7 @@ _COPYING: Final = ("MemcpyFromHost", "MemcpyToHost")
 # A lesser waste is not worth another plan.
 _LEAST_WASTE: Final = 0.05
 _LARGE_REST: Final = 0.25
+_INPUTS_TOO: Final = " Float kernels round input channels up as well."
 
 
 def overheads(case: Case) -> list[Finding]:
@@ -137,7 +138,7 @@ def _missed_tile(case: Case) -> Finding | None:
         "missed_tile", tuple(layers), stake,
         f"Output channels between the kernels' steps of {case.tile}: {names(ordered)}.",
         f"The kernels compute {case.tile} channels at a time; the last step costs as much as a "
-        "full one. Float kernels round input channels up as well.",
+        "full one." + (_INPUTS_TOO if case.onnxruntime else ""),
         f"go down to a multiple of {case.tile} to be faster, or up to one for more accuracy in the "
         f"same time; under {case.tile} channels nothing more is saved (`channel_multiple` in the "
         "device profile)",

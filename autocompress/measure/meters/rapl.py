@@ -100,7 +100,7 @@ class RaplMeter(Meter):
 
 def wrapped_difference(before: int, after: int, range_uj: int) -> int:
     """How far a counter went that starts again from zero at `range_uj`, at most once."""
-    return after - before if after >= before else range_uj
+    return after - before if after >= before else after - before + range_uj
 
 
 def find(profile: DeviceProfile, powercap: Path = POWERCAP, cpus: Path = CPUS) -> Meter | Missing:
