@@ -197,19 +197,17 @@ def profile(
     if network is not None:
         _profile_network(wanted, network, plans, runtime, as_json)
         return
-    from autocompress.measure.host import host_of
-    from autocompress.device import make_fingerprint
-    from autocompress.measure.energy import meter_report
+    from autocompress.measure.client import Worker
     from autocompress.measure.probe import probe
     from autocompress.report.device import device_table
 
     with tempfile.TemporaryDirectory() as scratch:
-        found = make_fingerprint(wanted, host_of(wanted).facts(Path(scratch)))
+        with Worker(wanted, Path(scratch)) as worker:
+            found, meter = worker.fingerprint, worker.meter()
         reports = {}
         for name in wanted.runtime_names:
             _say(f"measuring in {name}: int8 against fp32, and the noise floor")
             reports[name] = probe(wanted, name, Path(scratch), 0)
-    meter = meter_report(wanted)
     if as_json:
         probes = {name: report.to_dict() for name, report in reports.items()}
         data = {"device": found.model_dump(mode="json"), "probes": probes, "meter": asdict(meter)}

@@ -7,11 +7,13 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import closing
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from autocompress.config import Strict
+from autocompress.device.nvml_gpu import NvmlGpu
 from autocompress.device.profile import DeviceProfile
 from autocompress.device.runtimes import RuntimeSettings
 from autocompress.errors import DeviceError
@@ -197,22 +199,8 @@ def gpu_facts(index: int) -> str:
     Raises:
         DeviceError: there is no NVIDIA driver, or no GPU of that index.
     """
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        try:
-            name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index))
-            return f"{name}, driver {pynvml.nvmlSystemGetDriverVersion()}"
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError as cause:
-        raise DeviceError(
-            f"The device profile's GPU does not answer: {cause}",
-            given=f"gpu {index}",
-            allowed="an NVIDIA GPU with its driver (libnvidia-ml) on this machine",
-            advice="correct `gpu` in the device profile, or use a profile of kind `cpu`",
-        ) from cause
+    with closing(NvmlGpu(index)) as gpu:
+        return f"{gpu.name}, driver {gpu.nvml.nvmlSystemGetDriverVersion()}"
 
 
 def _digest(data: Sequence[Any] | dict[str, Any]) -> str:

@@ -14,13 +14,14 @@ from typing import Any, final
 from autocompress.device import DeviceProfile, Fingerprint, make_fingerprint
 from autocompress.errors import MeasurementError
 from autocompress.measure.arrays import content_key, read_arrays, write_arrays
+from autocompress.measure.energy import MeterReport
 from autocompress.measure.energy_statistics import EnergySamples
 from autocompress.measure.host import host_of
+from autocompress.measure.latency import PairedLatency, paired_latency
 from autocompress.measure.paired_energy import PairedEnergy, energy_stopping, paired_energy
 from autocompress.measure.process import ChildProcess
 from autocompress.measure.sampling import Samples
 from autocompress.measure.session import Array, NodeTime
-from autocompress.measure.latency import PairedLatency, paired_latency
 
 Inputs = Sequence[Array] | Path
 _MODULE = "autocompress.measure.worker"
@@ -234,6 +235,12 @@ class Worker:
         with self._one_request:
             answer = self._ask(request, self._profile.measuring.hang_limit_s)
         return tuple(NodeTime.from_dict(node) for node in answer["nodes"])
+
+    def meter(self) -> MeterReport:
+        """Which energy meter the device has, or why it has none; takes about a second."""
+        with self._one_request:
+            answer = self._ask({"operation": "meter"}, self._profile.measuring.hang_limit_s)
+        return MeterReport(**answer)
 
     def close(self) -> None:
         """End the child and remove this worker's own files; stored inputs stay."""

@@ -6,7 +6,7 @@ import os
 import threading
 from typing import final
 
-from autocompress.measure.meters.nvml_gpu import NvmlGpu
+from autocompress.device.nvml_gpu import NvmlGpu
 
 _POLL_S = 0.002
 

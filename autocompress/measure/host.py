@@ -1,52 +1,17 @@
-"""Where a device is: starting its children there, and bringing files there and back."""
+"""Where a device is: this machine, or one that `ssh` reaches."""
 
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import final
 
 from autocompress.device import DeviceProfile, MachineFacts, local_facts
 from autocompress.measure.child import Setup
+from autocompress.measure.host_interface import Host
 from autocompress.measure.process import ChildProcess
-
-
-class Host(ABC):
-    """A machine that measures. Paths of files there are texts, for they mean nothing here."""
-
-    @abstractmethod
-    def start(
-        self, module: str, scratch: Path, environment: Mapping[str, str] | None = None
-    ) -> ChildProcess:
-        """Start a child there.
-
-        Args:
-            module: the module that the child runs.
-            scratch: a folder here for the file that keeps the child's standard error.
-            environment: variables set for the child on top of those it has.
-        """
-
-    @abstractmethod
-    def put(self, path: Path) -> str:
-        """Make a file of this machine readable there; its path there."""
-
-    @abstractmethod
-    def result(self, path: Path) -> str:
-        """Where a child there may write what is to become the file `path` here."""
-
-    @abstractmethod
-    def fetch(self, path: Path) -> None:
-        """Bring what was written to `result(path)` here, and delete it there."""
-
-    @abstractmethod
-    def facts(self, scratch: Path) -> MachineFacts:
-        """What the machine says of itself.
-
-        Raises:
-            DeviceError: it lacks what the profile asks for, or does not answer.
-        """
+from autocompress.measure.ssh_host import SshHost
 
 
 @final
@@ -83,4 +48,4 @@ class LocalHost(Host):
 
 def host_of(profile: DeviceProfile) -> Host:
     """The machine that a profile's device is."""
-    return LocalHost(profile)
+    return LocalHost(profile) if profile.remote is None else SshHost(profile, profile.remote)

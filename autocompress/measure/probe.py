@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from autocompress.device import DeviceProfile
 from autocompress.measure.client import Subject, Worker
-from autocompress.measure.session import Array
 from autocompress.measure.latency import PairedLatency
+from autocompress.measure.session import Array
 
 _OPSET, _IR_VERSION = 17, 10
 _CHANNELS, _SIDE, _WIDTH = 64, 14, 256

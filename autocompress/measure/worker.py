@@ -14,7 +14,7 @@ from autocompress.device import local_facts
 from autocompress.errors import MeasurementError
 from autocompress.measure.arrays import rows_of, write_arrays
 from autocompress.measure.child import Beat, Handler, Request, Setup, serve
-from autocompress.measure.energy import energy
+from autocompress.measure.energy import energy, meter_report
 from autocompress.measure.lock import hold
 from autocompress.measure.models import Models
 from autocompress.measure.runtimes import runtime_for
@@ -82,11 +82,17 @@ def profile(setup: Setup, models: Models, request: Request, beat: Beat) -> dict[
     return {"nodes": [asdict(node) for node in nodes]}
 
 
+def meter(setup: Setup, models: Models, request: Request, beat: Beat) -> dict[str, Any]:
+    """Which energy meter there is; see `energy.meter_report`."""
+    return asdict(meter_report(setup.profile))
+
+
 OPERATIONS: Final[Mapping[str, Operation]] = {
     "facts": facts,
     "predict": predict,
     "compare": compare,
     "energy": energy,
+    "meter": meter,
     "profile": profile,
 }
 # These take no figures, so they need not wait for the device.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rich.table import Table
+from rich.text import Text
 
 from autocompress.device import DeviceProfile, Fingerprint
-from autocompress.measure.latency import PairedLatency
 from autocompress.measure.energy import MeterReport
+from autocompress.measure.latency import PairedLatency
 from autocompress.measure.probe import ProbeReport
 
 
@@ -34,7 +35,7 @@ def device_table(
         "energy meter": _meter(meter),
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     for runtime, report in reports.items():
         facts = device.runtime(runtime)
         settings = ", ".join(f"{k} {v}" for k, v in facts.settings.items() if k != "name")
@@ -60,7 +61,7 @@ def where(device: Fingerprint) -> str:
 
 def _meter(meter: MeterReport) -> str:
     if meter.name is None or meter.update_period_s is None or meter.idle_mw is None:
-        return f"none. {meter.reason}"
+        return f"none. {meter.reason.splitlines()[0]}"
     return (
         f"{meter.name}: {meter.scope}; new value every {1000 * meter.update_period_s:.0f} ms; idle "
         f"{meter.idle_mw / 1000:.2f} W"

@@ -17,9 +17,9 @@ from autocompress.errors import MeasurementError
 from autocompress.measure.any_file import model_bytes, open_model, random_inputs
 from autocompress.measure.arrays import read_arrays
 from autocompress.measure.client import Inputs, Subject, Worker
-from autocompress.measure.paired_energy import PairedEnergy
 from autocompress.measure.latency import PairedLatency
 from autocompress.measure.memory import PeakMemory, peak_memory
+from autocompress.measure.paired_energy import PairedEnergy
 from autocompress.report import figures
 from autocompress.report.device import where
 

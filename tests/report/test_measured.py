@@ -44,9 +44,7 @@ def dense(tmp_path: Path):
             [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
             [numpy_helper.from_array(w, n) for w, n in zip(weights, "ab", strict=True)],
         )
-        model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10
-        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
         path = tmp_path / f"{name}.onnx"
         onnx.save(
             model, path, save_as_external_data=external, location=f"{name}.data", size_threshold=0

@@ -1,4 +1,4 @@
-"""The layers of an ONNX file: nodes that multiply by constant weights, and how the file means them."""
+"""The layers of an ONNX file: nodes that multiply by constant weights, and what the file wants."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final, Literal, final
 import numpy as np
 
 from autocompress.measure.explain.graph import Constant, FileGraph, FileNode
-from autocompress.measure.explain.rounding import Rounding, rounding_of
+from autocompress.measure.explain.rounding import UNROUNDED, Rounding, rounding_of
 
 # Where each operator takes its weight.
 _WEIGHT_INPUT: Final = {
@@ -55,7 +55,7 @@ class Layer:
     kernel: tuple[int, ...] = ()
     groups: int = 1
     scheme: Scheme = "float"
-    rounding: Rounding = Rounding()
+    rounding: Rounding = UNROUNDED
     axis: int | None = None
     zero_point: bool = True
 

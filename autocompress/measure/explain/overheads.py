@@ -206,9 +206,12 @@ def _outside_layers(case: Case) -> Finding | None:
     for node in model.others:
         slowest[node.operator] += round(1e6 * node.milliseconds)
     told = ", ".join(f"{name} {milliseconds(t / 1e6)}" for name, t in slowest.most_common(3))
+    seen = f"Outside of layers: {_share(case, rest)}" + (
+        f"; other operators: {told}" if told else ""
+    )
     return Finding(
         "outside_layers", (), rest,
-        f"Outside of layers: {_share(case, rest)}" + (f"; other operators: {told}." if told else "."),
+        f"{seen}.",
         f"Even if layers took no time, the run would take {milliseconds(rest)}: at most "
         f"{case.baseline.latency_ms / rest:.1f} x the original's speed in this runtime.",
         "smaller layers gain little from here on; look at the operators between them, at the "

@@ -39,6 +39,9 @@ class Rounding:
     nodes: tuple[str, ...] = ()
 
 
+UNROUNDED: Final = Rounding()
+
+
 def rounding_of(graph: FileGraph, node: FileNode) -> Rounding:
     """What is rounded before and after a node that reads and writes float values."""
     before = graph.maker(node.inputs[0])

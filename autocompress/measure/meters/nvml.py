@@ -6,9 +6,9 @@ import os
 from typing import Literal, final
 
 from autocompress.device import DeviceProfile
+from autocompress.device.nvml_gpu import NvmlGpu, others
 from autocompress.errors import DeviceError
 from autocompress.measure.meters.meter import Meter, MeterFacts, Missing
-from autocompress.measure.meters.nvml_gpu import NvmlGpu, others
 from autocompress.measure.meters.trace import poll, update_period_s
 
 _REMEDY = "an NVIDIA GPU with its driver (libnvidia-ml)"

@@ -68,6 +68,9 @@ class OpenVino(Runtime):
         """Load the plugin and the ONNX reader by running a trivial model."""
         import onnx
 
+        # Computes files' functions at load; its code is no part of a model.
+        import onnx.reference
+
         with TemporaryDirectory(prefix="autocompress-openvino-") as folder:
             path = Path(folder) / "trivial.onnx"
             onnx.save(trivial_model(), path)

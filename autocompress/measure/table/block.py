@@ -25,6 +25,8 @@ HEAVY_OPERATORS = frozenset(
         "MaxPool", "MultiHeadAttention", "QGemm", "QLinearConv", "QLinearMatMul", "RNN", "Resize",
     )
 )  # fmt: skip
+# The operator that a runtime takes into the kernel that reads its result.
+READER = "DequantizeLinear"
 _READABLE = (
     AttributeProto.INT, AttributeProto.INTS, AttributeProto.FLOAT, AttributeProto.FLOATS,
 )  # fmt: skip
@@ -121,9 +123,28 @@ class Block:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
     @property
-    def heavy(self) -> BlockNode | None:
-        """The node that the block starts at; None for what stands before the first of a graph."""
-        return next((n for n in self.nodes if n.operator in HEAVY_OPERATORS), None)
+    def lead(self) -> BlockNode:
+        """The node that the block starts at: its heavy one, else the first that does some work."""
+        heavy = [n for n in self.nodes if n.operator in HEAVY_OPERATORS]
+        working = [n for n in self.nodes if n.operator != READER]
+        return (*heavy, *working, *self.nodes)[0]
+
+    @property
+    def main_inputs(self) -> frozenset[int]:
+        """Which of the inputs the lead reads; the others are read by what follows it."""
+        return frozenset(int(name[1:]) for name in self.upstream if name.startswith("i"))
+
+    @cached_property
+    def upstream(self) -> frozenset[str]:
+        """Names of all values that the lead's result depends on, the lead's inputs among them."""
+        makers, found = self.makers(), set[str]()
+        stack = [name for name in self.lead.inputs if name]
+        while stack:
+            name = stack.pop()
+            if name and name not in found:
+                found.add(name)
+                stack += makers[name].inputs if name in makers else ()
+        return frozenset(found)
 
     @property
     def weight_bytes(self) -> int:

@@ -94,27 +94,15 @@ def empty_bench(inputs: Sequence[TensorType], outputs: Sequence[TensorType]) -> 
 def chained_input(block: Block) -> int | None:
     """Which input takes the output of the copy before; None if copies stand side by side.
 
-    It is never one that the heavy operator reads: copies of a block that only those could chain
-    take the same time side by side.
+    It is never one that the lead reads: copies of a block that only those could chain take the
+    same time side by side.
     """
-    if block.heavy is None or len(block.outputs) != 1:
+    if len(block.outputs) != 1:
         return None
-    main = main_inputs(block)
     for i, kind in enumerate(block.inputs):
-        if i not in main and kind == block.output_types[0]:
+        if i not in block.main_inputs and kind == block.output_types[0]:
             return i
     return None
-
-
-def main_inputs(block: Block) -> frozenset[int]:
-    """The block's inputs that its heavy operator reads."""
-    makers, found = block.makers(), set[str]()
-    stack = [] if block.heavy is None else [name for name in block.heavy.inputs if name]
-    while stack:
-        name = stack.pop()
-        found.add(name)
-        stack += makers[name].inputs if name in makers else ()
-    return frozenset(int(name[1:]) for name in found if name.startswith("i"))
 
 
 def mergeable(block: Block) -> bool:
@@ -167,12 +155,10 @@ class _Builder:
         self._sample([inputs[chained]], self._block.output_types, 0)
 
     def _inputs(self) -> list[str]:
-        """Names of what the copies read; what the heavy operator does not read was made before."""
-        read = main_inputs(self._block)
-        if self._block.heavy is None:
-            read = frozenset(range(len(self._block.inputs)))
+        """Names of what the copies read; what their lead does not read was made before."""
+        main = self._block.main_inputs
         return [
-            f"i{i}" if i in read else self.scaffold.earlier_layer(f"i{i}", f"i{i}_made", kind)
+            f"i{i}" if i in main else self.scaffold.earlier_layer(f"i{i}", f"i{i}_made", kind)
             for i, kind in enumerate(self._block.inputs)
         ]
 

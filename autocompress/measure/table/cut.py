@@ -9,7 +9,7 @@ So blocks meet at quantized tensors where layers run in integers. No node is lef
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -20,11 +20,10 @@ from onnx import AttributeProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from autocompress.errors import MeasurementError
-from autocompress.measure.table.block import HEAVY_OPERATORS, Block, TensorType
+from autocompress.measure.table.block import HEAVY_OPERATORS, READER, Block, TensorType
 from autocompress.measure.table.canonical import canonical_block
 from autocompress.measure.table.shapes import tensor_types, type_of
 
-_READER = "DequantizeLinear"
 # Larger constants are weights; what shapes are computed from is smaller.
 _FOLDED = 64
 _SUFFIXES = ("_dequantized", "_quantized", ".weight")
@@ -157,7 +156,7 @@ class _Cutter:
             return
         dynamic = [name for name in node.input if name and not self._is_constant(name)]
         block = max(self._owner[name] for name in dynamic)
-        if node.op_type == _READER and not set(node.output) & set(self._outputs):
+        if node.op_type == READER and not set(node.output) & set(self._outputs):
             self._readers[node.output[0]] = node
         elif node.op_type in HEAVY_OPERATORS or self._pools(node):
             self._members.append([node])
@@ -186,7 +185,7 @@ class _Cutter:
         else:
             inputs = {n: numpy_helper.to_array(self._constants[n]) for n in node.input if
                       n in self._constants and self._types[n].elements <= _FOLDED}  # fmt: skip
-        if node.op_type == _READER or node.domain or len(inputs) < sum(map(bool, node.input)):
+        if node.op_type == READER or node.domain or len(inputs) < sum(map(bool, node.input)):
             self._constant_nodes.update(dict.fromkeys(node.output, node))
             return
         values = ReferenceEvaluator(node).run(None, inputs)

@@ -7,9 +7,8 @@ from typing import final
 
 from onnx import TensorProto
 
-from autocompress.measure.table.block import Block, BlockNode, TensorType
+from autocompress.measure.table.block import READER, Block, BlockNode, TensorType
 from autocompress.measure.table.canonical import QUANTIZERS, SCALE, ZERO_POINT
-from autocompress.measure.table.copies import main_inputs
 from autocompress.measure.table.cut import Cut, Edge
 
 _INTEGERS = (TensorProto.UINT8, TensorProto.INT8)
@@ -39,7 +38,7 @@ class Meeting:
 def meeting_of(cut: Cut, edge: Edge) -> Meeting:
     """What meets at an edge."""
     producer, consumer = cut.blocks[edge.producer], cut.blocks[edge.consumer]
-    how = "" if edge.input in main_inputs(consumer) else " beside"
+    how = "" if edge.input in consumer.main_inputs else " beside"
     tensor = producer.output_types[edge.output]
     element = TensorProto.DataType.Name(tensor.element).lower()
     return Meeting(f"{_end(producer)} -> {element} -> {_begin(consumer)}{how}", tensor)
@@ -54,20 +53,17 @@ def distinct_edges(cut: Cut) -> dict[tuple[int, int, str], Edge]:
 
 
 def _begin(block: Block) -> str:
-    heavy = block.heavy
-    if heavy is None:
-        return block.nodes[-1].operator
-    makers = block.makers()
-    sources = [makers.get(name) for name in heavy.inputs[:2]]
-    integer = len(sources) > 1 and all(s is not None and s.operator in QUANTIZERS for s in sources)
-    return f"{'integer ' if integer else ''}{heavy.operator}"
+    makers, lead = block.makers(), block.lead
+    sources = [makers.get(name) for name in lead.inputs[:2]]
+    integer = len(sources) > 1 and all(s is not None and s.operator == READER for s in sources)
+    return f"{'integer ' if integer else ''}{lead.operator}"
 
 
 def _end(block: Block) -> str:
-    """The heavy operator, and whether what it adds is of another kind than what it computes."""
+    """The lead, and whether what it adds is of another kind than what it computes."""
     added = {
         block.inputs[i].element in _INTEGERS
-        for i in set(range(len(block.inputs))) - main_inputs(block)
+        for i in set(range(len(block.inputs))) - block.main_inputs
     }
     begin = _begin(block)
     integer = begin.startswith("integer ")

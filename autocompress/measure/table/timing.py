@@ -69,9 +69,7 @@ class BlockTimer:
         noise = paired.candidate_ms * paired.half_width
         return Entry(block.key, block, difference / built.copies, noise / built.copies)
 
-    def overhead(
-        self, inputs: tuple[TensorType, ...], outputs: tuple[TensorType, ...]
-    ) -> Entry:
+    def overhead(self, inputs: tuple[TensorType, ...], outputs: tuple[TensorType, ...]) -> Entry:
         """Time a run that computes next to nothing."""
         paired = self._compare(empty_bench(inputs, outputs), 0)
         noise = paired.candidate_ms * paired.half_width

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from autocompress.device import DeviceProfile
+from autocompress.device.nvml_gpu import others, visible_gpu
 from autocompress.errors import DeviceError
 from autocompress.measure import energy
 from autocompress.measure.energy_statistics import EnergySamples, EnergyStopping
-from autocompress.measure.meters.nvml_gpu import others, visible_gpu
 from autocompress.measure.paired_energy import PairedEnergy, paired_energy
 
 ROOT = Path(energy.__file__).parents[2]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autocompress.device import usable_cores
+from autocompress.measure.energy import WindowPlan, measure_idle_mw
 from autocompress.measure.meters import Meter, Missing
 from autocompress.measure.meters.rapl import RaplMeter, Zone, find, wrapped_difference
 
@@ -60,6 +63,33 @@ def test_a_wrap_around_has_a_closed_form() -> None:
     assert wrapped_difference(10, 25, 100) == 15
     assert wrapped_difference(90, 5, 100) == 15
     assert wrapped_difference(7, 7, 100) == 0
+
+
+def test_power_is_known_across_a_wrap_around(tmp_path: Path) -> None:
+    """A package of 5 W whose counter starts again within the window."""
+    folder, range_uj, stop = add_zone(tmp_path, "zone", "package-0"), 2_000_000, threading.Event()
+    start = time.monotonic()
+
+    def advance() -> None:
+        uj = int(1_500_000 + 5e6 * (time.monotonic() - start)) % range_uj
+        (tmp_path / "next").write_text(str(uj))
+        # A file that is being written must not be read half.
+        (tmp_path / "next").replace(folder / "energy_uj")
+
+    def keep_advancing() -> None:
+        while not stop.wait(0.002):
+            advance()
+
+    advance()
+    writer = threading.Thread(target=keep_advancing)
+    writer.start()
+    try:
+        meter = RaplMeter((Zone("package 0", folder, range_uj),))
+        plan = WindowPlan(gap_s=0.0, lead_s=0.01, window_s=0.5)
+        assert measure_idle_mw(meter, plan, lambda: None) == pytest.approx(5000, rel=0.1)
+    finally:
+        stop.set()
+        writer.join()
 
 
 def test_the_package_and_dram_of_the_profiles_cores(tmp_path: Path, device_profile) -> None:

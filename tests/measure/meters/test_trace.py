@@ -34,6 +34,11 @@ def test_a_fast_counter_is_as_old_as_its_period(poll_s: float, offset: float) ->
     assert mean_power_mw(trace, "counter", 0.001) == pytest.approx(POWER_MW, rel=0.0015)
 
 
+def test_a_step_lies_midway_to_the_reading_before_or_to_a_period_ago() -> None:
+    trace = Trace(np.array([0.0, 0.1, 0.18, 0.9, 1.5]), np.array([0.0, 0, 2, 2, 30]))
+    assert mean_power_mw(trace, "counter", 0.2) == pytest.approx(28 / (1.4 - 0.14))
+
+
 def test_a_window_between_arbitrary_readings_would_be_off() -> None:
     trace = stepped(0.1, 0.005, 0.06, 1.0)
     naive = (trace.values[-1] - trace.values[0]) / (trace.times_s[-1] - trace.times_s[0])
