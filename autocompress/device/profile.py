@@ -37,7 +37,7 @@ class RemoteSettings(Strict):
 
     Attributes:
         host: as `ssh` takes it, such as `pi@raspberrypi.local`.
-        python: the interpreter there that has `autocompress[device]`.
+        python: the interpreter there that has autocompress.
         folder: where models and inputs are kept there.
     """
 

@@ -38,7 +38,8 @@ class Subject:
 
 @final
 class Worker:
-    """Measures ONNX files in a child process that is pinned, lock-holding and free of PyTorch.
+    """Measures ONNX files in a child process that is pinned, lock-holding and, unless PyTorch is the
+    runtime, free of it.
 
     The child starts with the first request and again after a crash or hang; it dies with this
     process. Use one worker from one thread: on Linux the child also dies with the thread that

@@ -204,7 +204,7 @@ def _doubts(
         )
     if abs(drift) > _MOST_DRIFT:
         doubts.append(
-            f"the baseline became {abs(drift):.0%} {'slower' if drift > 0 else 'faster'} meanwhile; "
-            "let the device cool down, fix its clock, and stop other programs"
+            f"the baseline became {abs(drift):.0%} {'slower' if drift > 0 else 'faster'} "
+            "meanwhile; let the device cool down, fix its clock, and stop other programs"
         )
     return doubts

@@ -63,7 +63,7 @@ class ProbeReport:
 
 
 def probe(profile: DeviceProfile, runtime: str, scratch: Path, seed: int) -> ProbeReport:
-    """Measure what int8 brings in one of a device's runtimes, and how far its timings can be trusted.
+    """Measure what int8 brings in one of a device's runtimes, and how far timings can be trusted.
 
     Args:
         profile: the device; its search limits bound each of the three measurements.

@@ -1,4 +1,4 @@
-"""Predictions of a whole split by several workers side by side, with the settings that are timed."""
+"""Predictions of a whole split by several workers, with the settings that are timed."""
 
 from __future__ import annotations
 

@@ -26,7 +26,6 @@ from autocompress.measure.explain.explanation import (
     kernel_tile,
 )
 from autocompress.measure.explain.graph import graph_of
-from autocompress.measure.latency import PairedLatency
 from autocompress.report.columns import read_device, read_front
 from autocompress.search.columns import ORIGINAL
 
@@ -81,7 +80,7 @@ def explain(run: Path, candidate: str, progress: Progress | None = None) -> Expl
                 advice=f"autocompress search EXPERIMENT --run {run}",
             )
     own = ORIGINAL if runtime == profile.runtime_names[0] else f"{ORIGINAL}@{runtime}"
-    known = _stored_latency(run, own)
+    known = _stored_speed(run, own)
     inputs = _stored_inputs(run / "scratch", original, profile.batch_size)
     with tempfile.TemporaryDirectory() as scratch, Worker(profile, Path(scratch)) as worker:
         apart = differences(worker.fingerprint, read_device(run))
@@ -96,7 +95,7 @@ def explain(run: Path, candidate: str, progress: Progress | None = None) -> Expl
             original=Subject(original, profile.runtime_names[0]),
             candidate=Subject(artifact, runtime),
             inputs=inputs or _random(original, profile),
-            speed=_speed(_stored_latency(run, candidate)),
+            speed=_stored_speed(run, candidate),
             own_latency_ms=known.candidate_ms if known else None,
         )
         result = _explain(worker, profile, pair, progress or _silent)
@@ -160,14 +159,6 @@ def _explain(
 
 def _measured(worker: Worker, baseline: Subject, candidate: Subject, inputs: Inputs) -> Speed:
     paired = worker.compare(baseline, candidate, inputs, final=True, seed=0)
-    speed = _speed(paired)
-    assert speed is not None
-    return speed
-
-
-def _speed(paired: PairedLatency | None) -> Speed | None:
-    if paired is None:
-        return None
     return Speed(
         baseline_ms=paired.baseline_ms,
         candidate_ms=paired.candidate_ms,
@@ -200,12 +191,20 @@ def _row(run: Path, candidate: str) -> pd.Series[str]:
     return rows.iloc[0]
 
 
-def _stored_latency(run: Path, candidate: str) -> PairedLatency | None:
+def _stored_speed(run: Path, candidate: str) -> Speed | None:
     """The paired measurement of a candidate, on the test split if there is one of it."""
     for split in _SPLITS:
         path = run / "measurements" / f"{candidate}-{split}.json"
         try:
-            return PairedLatency.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            data = json.loads(path.read_text(encoding="utf-8"))
+            return Speed(
+                baseline_ms=float(data["baseline_ms"]),
+                candidate_ms=float(data["candidate_ms"]),
+                speedup=float(data["speedup"]),
+                low=float(data["speedup_low"]),
+                high=float(data["speedup_high"]),
+                reason=str(data["reason"]),
+            )
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError) as cause:

@@ -141,7 +141,7 @@ def test_unusable_times_are_refused(
         (samples_of(4, 0.0005), ("4 of 8 rounds", "4 s")),
         (samples_of(20, 0.0005, others_share=0.5), ("50%", "cores of its own")),
         (samples_of(20, 0.0005, others_share=float("nan")), ()),
-        (samples_of(20, 0.0005, clocks_mhz=[3000.0] * 10 + [2000.0] * 10), ("clock changed by -33%",)),
+        (samples_of(20, 0.0005, clocks_mhz=[3e3] * 10 + [2e3] * 10), ("clock changed by -33%",)),
         (
             samples_of(
                 20, 0.0005, baseline_ms=[[2 + 0.05 * i] * 60 for i in range(20)],

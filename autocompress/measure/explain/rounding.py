@@ -11,6 +11,7 @@ _ACTIVATIONS: Final = (
     "Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Elu", "Gelu",
     "Softplus", "Mish", "PRelu", "Swish",
 )  # fmt: skip
+_ROUNDING: Final = ("QuantizeLinear", "DequantizeLinear")
 # The integers that a rounding of each type may give.
 _INTEGERS: Final = {"uint8": (0, 255), "int8": (-128, 127)}
 
@@ -50,7 +51,7 @@ def rounding_of(graph: FileGraph, node: FileNode) -> Rounding:
     nodes = []
     if before is not None and unrounds:
         earlier = graph.maker(before.inputs[0])
-        nodes += [n.key for n in (earlier, before) if n is not None and "Quant" in n.operator]
+        nodes += [n.key for n in (earlier, before) if n is not None and n.operator in _ROUNDING]
     if reader is not None:
         nodes.append(reader.key)
         after = tuple(n.operator for n in between)

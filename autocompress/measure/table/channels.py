@@ -44,9 +44,9 @@ def channels_of(block: Block) -> Channels | None:
         if not reads or not block.inputs[reads[0]].shape:
             return None
         kind = block.inputs[reads[0]]
-        count = kind.shape[_axis(len(kind.shape))]
+        count = kind.shape[channel_axis(len(kind.shape))]
         return Channels(count, count)
-    out_axis = _out_axis(block)
+    out_axis = _outchannel_axis(block)
     shape = weight.type.shape
     if out_axis is None:
         return None
@@ -119,7 +119,7 @@ def _weight(block: Block) -> Constant | None:
     return block.constant(name)
 
 
-def _out_axis(block: Block) -> int | None:
+def _outchannel_axis(block: Block) -> int | None:
     """Which axis of the weight the output channels are on."""
     lead, weight = block.lead, _weight(block)
     if lead.operator == "Conv":
@@ -135,7 +135,7 @@ def _groups(lead: BlockNode) -> int:
     return int(json.loads(dict(lead.attributes).get("group", "1")))
 
 
-def _axis(rank: int) -> int:
+def channel_axis(rank: int) -> int:
     """The axis of the channels: the second of images, else the last."""
     return 1 if rank >= _IMAGE_RANK else rank - 1
 
@@ -165,7 +165,7 @@ class _Swap:
         makers = block.makers()
         self._weight, self._weight_grid = "", set[str]()
         self._upstream = set(block.upstream)
-        self._out_axis = _out_axis(block)
+        self._out_axis = _outchannel_axis(block)
         if _weight(block) is not None:
             self._weight = self._lead.inputs[_WEIGHT]
             maker = makers.get(self._weight)
@@ -179,7 +179,7 @@ class _Swap:
     def tensor(self, name: str, kind: TensorType) -> TensorType:
         if not kind.shape:
             return kind
-        axis = _axis(len(kind.shape))
+        axis = channel_axis(len(kind.shape))
         before, after = self._counts(name)
         return replace(kind, shape=_put(kind.shape, axis, before, after))
 

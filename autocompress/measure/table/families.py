@@ -1,19 +1,21 @@
-"""What a block takes, guessed from measured blocks that do the same work on other channels.
+"""What a block takes, guessed from measured blocks that do the same work on other sizes.
 
-Blocks are *kin* if their lead has the same operator, attributes, arithmetic and image sizes. Within
-kin the time is modelled as
+Blocks are *kin* if their lead has the same operator, attributes and arithmetic. Within kin the time
+is modelled as
 
-    a + b r(c_in) + c r(c_out) + d r(c_in) r(c_out) + sum over following operators e_o n_o c_out
+    a p r(c_in) r(c_out) + b + c p c_out + sum over other operators e_o n_o p c_out + d q c_in
 
-with no coefficient below zero (non-negative least squares on relative errors), where r rounds up to
-the kernel's tile, whose width is the one that fits best, and n_o counts an operator. What the
-nearest measured blocks deviate from the model is then taken over, the more the nearer they are.
+with no coefficient below zero (non-negative least squares on relative errors): q positions (pixels,
+tokens) are read and p written, r rounds up to the kernel's tile, whose width is the one that fits
+best, and n_o counts an operator besides the lead. What the nearest measured blocks deviate from the
+model is then taken over, the more the nearer they are.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,15 +27,16 @@ import numpy.typing as npt
 from scipy.optimize import nnls
 
 from autocompress.measure.table.block import READER, Block
-from autocompress.measure.table.channels import Channels, channels_of
+from autocompress.measure.table.channels import Channels, channel_axis, channels_of
 
 FloatArray = npt.NDArray[np.float64]
 
-_TILES = (1, 8, 16, 32)
+# Of tiles that fit equally well the first is taken.
+_TILES = (8, 16, 1, 32)
 _SMALLEST_MS = 1e-4
-# Another family of the same kin counts as if its channels were so many doublings away.
-_OTHER_FAMILY = 2.0
-_REACH = 0.5
+# Other operators besides the lead count as if the channels were so many doublings away.
+_OTHER_OPERATORS = 1.0
+_REACH = 1.0
 # So much weight says that there is no deviation.
 _DOUBT = 0.25
 
@@ -45,13 +48,20 @@ class Traits:
 
     Attributes:
         kin: equal for blocks between which one may interpolate.
-        channels: what they differ in, besides what follows the lead.
-        followers: how often each operator follows the lead.
+        channels: read and written.
+        positions: read and written: what the tensors have besides channels.
+        others: how often each operator occurs besides the lead.
     """
 
     kin: str
     channels: Channels
-    followers: tuple[tuple[str, int], ...]
+    positions: tuple[int, int]
+    others: tuple[tuple[str, int], ...]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Channels read, channels written, positions written."""
+        return self.channels.inputs, self.channels.outputs, self.positions[1]
 
 
 def traits_of(block: Block) -> Traits | None:
@@ -63,23 +73,34 @@ def traits_of(block: Block) -> Traits | None:
     attributes = dict(lead.attributes)
     if attributes.get("group") == str(channels.inputs):
         attributes["group"] = "each"
-    reads = [makers[n].operator if n in makers else "" for n in lead.inputs]
-    mains = sorted(block.main_inputs)
-    sizes = [(block.inputs[i].element, _spatial(block.inputs[i].shape)) for i in mains]
-    kin = json.dumps(
-        [lead.operator, sorted(attributes.items()), [r == READER for r in reads], sizes]
-        + [_spatial(block.output_types[0].shape), block.opsets]
+    # A bias costs next to nothing.
+    sources = [makers.get(name) for name in lead.inputs[:2]]
+    readers = [source is not None and source.operator == READER for source in sources]
+    kin = json.dumps([lead.operator, sorted(attributes.items()), all(readers), len(readers)])
+    others = Counter(
+        node.operator
+        for node in block.nodes
+        if node is not lead and not _is_weight_side(block, node.inputs)
     )
-    upstream = block.upstream
-    rest = [n for n in block.nodes if n is not lead and not set(n.outputs) & upstream]
-    followers = Counter(node.operator for node in rest if block.constant(node.inputs[0]) is None)
-    return Traits(kin, channels, tuple(sorted(followers.items())))
+    if readers and all(readers):
+        # An integer kernel reads its input as it is.
+        others[READER] -= 1
+    read = block.inputs[min(block.main_inputs)].shape if block.main_inputs else ()
+    return Traits(
+        kin,
+        channels,
+        (_positions(read), _positions(block.output_types[0].shape)),
+        tuple(sorted((name, count) for name, count in others.items() if count)),
+    )
 
 
-def _spatial(shape: Sequence[int]) -> tuple[int, ...]:
-    """All sizes but the channels'."""
-    axis = 1 if len(shape) > 3 else len(shape) - 1
-    return tuple(size for i, size in enumerate(shape) if i != axis)
+def _is_weight_side(block: Block, inputs: Sequence[str]) -> bool:
+    return bool(inputs) and all(not n or block.constant(n) is not None for n in inputs)
+
+
+def _positions(shape: Sequence[int]) -> int:
+    axis = channel_axis(len(shape))
+    return math.prod(size for i, size in enumerate(shape) if i != axis)
 
 
 @final
@@ -96,15 +117,16 @@ class Kin:
     latency_ms: tuple[float, ...]
 
     def estimate(self, traits: Traits) -> float:
-        """What a block takes in ms; the channels may lie outside those measured."""
-        modelled = max(float(self._rows([traits], self._tiles)[0] @ self._coefficients), 0.0)
+        """What a block takes in ms; its sizes may lie outside those measured."""
+        tiles, coefficients = self._fit
+        modelled = max(float(self._rows([traits], tiles)[0] @ coefficients), 0.0)
         weights = self._nearness(traits)
         deviation = float(weights @ self._deviations / (weights.sum() + _DOUBT))
         return float(modelled * np.exp(deviation))
 
     @cached_property
     def _operators(self) -> tuple[str, ...]:
-        return tuple(sorted({name for t in self.traits for name, _ in t.followers}))
+        return tuple(sorted({name for t in self.traits for name, _ in t.others}))
 
     @cached_property
     def _times(self) -> FloatArray:
@@ -112,46 +134,44 @@ class Kin:
 
     @cached_property
     def _fit(self) -> tuple[tuple[int, int], FloatArray]:
+        """The tiles, and a coefficient for each of the model's terms."""
         best: tuple[float, tuple[int, int], FloatArray] | None = None
         for tiles in itertools.product(_TILES, repeat=2):
             rows = self._rows(self.traits, tiles) / self._times[:, None]
-            scale = np.maximum(rows.max(axis=0), 1e-12)
-            coefficients, residual = nnls(rows / scale, np.ones(len(rows)))
+            # Few blocks cannot tell many terms apart: the first terms are the surest.
+            used = min(rows.shape[1], max(1, len(rows) * 2 // 3))
+            scale = np.maximum(rows[:, :used].max(axis=0), 1e-12)
+            found, residual = nnls(rows[:, :used] / scale, np.ones(len(rows)))
             if best is None or residual < best[0] - 1e-9:
-                best = (float(residual), tiles, coefficients / scale)
+                coefficients = np.zeros(rows.shape[1])
+                coefficients[:used] = found / scale
+                best = (float(residual), tiles, coefficients)
         assert best is not None
         return best[1], best[2]
-
-    @property
-    def _tiles(self) -> tuple[int, int]:
-        return self._fit[0]
-
-    @property
-    def _coefficients(self) -> FloatArray:
-        return self._fit[1]
 
     @cached_property
     def _deviations(self) -> FloatArray:
         """Logarithm of measured over modelled, by block."""
-        modelled = self._rows(self.traits, self._tiles) @ self._coefficients
+        tiles, coefficients = self._fit
+        modelled = self._rows(self.traits, tiles) @ coefficients
         return np.log(self._times / np.maximum(modelled, _SMALLEST_MS))
 
     def _rows(self, traits: Sequence[Traits], tiles: tuple[int, int]) -> FloatArray:
         """One row of the model's terms per block."""
         rows = []
         for each in traits:
-            read = _round_up(each.channels.inputs, tiles[0])
-            written = _round_up(each.channels.outputs, tiles[1])
-            counts = dict(each.followers)
-            work = [counts.get(name, 0) * each.channels.outputs for name in self._operators]
-            rows.append([1.0, read, written, read * written, *work])
+            read, written = each.channels.inputs, each.channels.outputs
+            wide = _round_up(read, tiles[0]) * _round_up(written, tiles[1])
+            before, after = each.positions
+            counts = dict(each.others)
+            work = [counts.get(name, 0) * after * written for name in self._operators]
+            rows.append([after * wide, 1.0, after * written, *work, before * read])
         return np.array(rows, dtype=np.float64)
 
     def _nearness(self, traits: Traits) -> FloatArray:
-        here = np.log2([traits.channels.inputs, traits.channels.outputs])
-        there = np.log2([(t.channels.inputs, t.channels.outputs) for t in self.traits])
-        distance = np.abs(there - here).sum(axis=1)
-        distance += [_OTHER_FAMILY * (t.followers != traits.followers) for t in self.traits]
+        there = np.log2([t.sizes for t in self.traits])
+        distance = np.abs(there - np.log2(traits.sizes)).sum(axis=1)
+        distance += [_OTHER_OPERATORS * (t.others != traits.others) for t in self.traits]
         return np.asarray(np.exp(-distance / _REACH), dtype=np.float64)
 
 
