@@ -31,7 +31,7 @@ Rounds = Sequence[Sequence[float]]
 QUIET = 0.02
 # The half-width of what one process cannot see of its own luck; between idle processes the ratio's
 # standard deviation was 0.1 %.
-PLACEMENT = 0.002
+PLACEMENT = 0.0025
 _LESS_QUIET = 4 * QUIET
 RESAMPLES = 1000
 LEVEL = 0.95

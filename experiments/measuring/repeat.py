@@ -1,7 +1,7 @@
 """How well measurements repeat: the same two models again and again, idle and with busy cores.
 
 Each repetition is a new worker process. The long-run ratio is the median over the idle repetitions.
-Beside the machine's own noise, `--load` keeps every core busy with other processes.
+Half of the repetitions run while another process computes on every core.
 
     python experiments/measuring/repeat.py BASELINE.onnx CANDIDATE.onnx --repetitions 20
 """
@@ -13,13 +13,13 @@ import json
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from autocompress.device import load_profile
+from autocompress.device import load_profile, usable_cores
 from autocompress.measure.any_file import open_model, random_inputs
 from autocompress.measure.client import Subject, Worker
 from autocompress.measure.latency import PairedLatency
@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     results: dict[str, list[PairedLatency]] = {"idle": [], "both cores loaded": []}
     for name, found in results.items():
-        with busy_cores(os.cpu_count() or 1 if name != "idle" else 0):
+        with busy_cores(usable_cores() if name != "idle" else ()):
             for _ in range(options.repetitions):
                 found.append(measure_once(options))
                 print(name, line(found[-1]), flush=True)
@@ -59,9 +59,11 @@ def measure_once(options: argparse.Namespace) -> PairedLatency:
 
 
 @contextmanager
-def busy_cores(count: int) -> Iterator[None]:
-    """So many processes that only compute, while the block runs."""
-    processes = [multiprocessing.Process(target=_compute, daemon=True) for _ in range(count)]
+def busy_cores(cores: Sequence[int]) -> Iterator[None]:
+    """One process on each core that only computes, while the block runs."""
+    processes = [
+        multiprocessing.Process(target=_compute, args=(core,), daemon=True) for core in cores
+    ]
     for process in processes:
         process.start()
     try:
@@ -72,7 +74,8 @@ def busy_cores(count: int) -> Iterator[None]:
             process.join()
 
 
-def _compute() -> None:
+def _compute(core: int) -> None:
+    os.sched_setaffinity(0, {core})
     matrix = np.random.default_rng(0).standard_normal((300, 300))
     while True:
         np.tanh(matrix @ matrix)

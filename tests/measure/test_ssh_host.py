@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from measuring import FEATURES, Models, make_profile, of
+from measuring import Models, make_profile, of
 
 import autocompress
 from autocompress.device import (
@@ -136,8 +136,8 @@ def test_a_worker_measures_through_ssh_as_it_does_here(
     for found, wanted in zip(outputs, expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
     pair = worker.compare(of(models.dense(256)), of(models.dense(32)), split, seed=0)
-    assert pair.ratio > 0
-    assert pair.fingerprint == make_fingerprint(profile, local_facts(profile)).id
+    assert pair.speedup > 0
+    assert pair.device == make_fingerprint(profile, local_facts(profile)).id
     nodes = worker.profile(of(models.dense(32)), split, 3)
     assert {node.operator for node in nodes} >= {"MatMul"}
     # Three models and a split.

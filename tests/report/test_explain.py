@@ -25,7 +25,7 @@ from autocompress.report.explain_run import explain, explain_files
 MEASURE = Path(__file__).parents[1] / "measure"
 sys.path[:0] = [str(MEASURE / "explain"), str(MEASURE)]
 
-from explain_models import CHANNELS, Rounded, chain, node  # noqa: E402
+from explain_models import CHANNELS, Rounded, chain  # noqa: E402
 from measuring import make_profile  # noqa: E402
 
 PAIRED = {
@@ -55,7 +55,9 @@ def explained(models: tuple[Path, Path], profile: DeviceProfile) -> Explanation:
 
 
 @pytest.fixture
-def finished(tmp_path: Path, models: tuple[Path, Path], profile: DeviceProfile, make_row: Any) -> Path:
+def finished(
+    tmp_path: Path, models: tuple[Path, Path], profile: DeviceProfile, make_row: Any
+) -> Path:
     """A run folder with the original and one slower plan, measured on this machine."""
     run = tmp_path / "run"
     for name in ("artifacts", "measurements", "scratch"):
@@ -161,4 +163,3 @@ def test_a_layer_that_is_gone_and_one_that_is_new_have_their_rows(explained: Exp
     changes = (replace(whole, after=()), replace(whole, name="new", before=None))
     text = printed(replace(explained, changes=changes))
     assert "gone" in text and "new" in text
-    assert node("Conv", 1).operator == "Conv"

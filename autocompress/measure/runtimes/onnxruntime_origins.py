@@ -15,6 +15,7 @@ from typing import Any, final
 _MARK = re.compile(r"source(\d+)_(\d*)")
 # They belong to the node that they follow, whatever reads them.
 _FOLLOWERS = ("QuantizeLinear", "Relu", "Clip", "LeakyRelu")
+_MOVING = ("Transpose", "ReorderInput", "ReorderOutput")
 
 
 @final
@@ -43,17 +44,16 @@ class MarkedModel:
 
 
 def mark(model: Any) -> MarkedModel:
-    """A marked copy of a model; names of inputs, outputs and constants stay."""
+    """A marked copy of a model; names of inputs and constants stay, outputs keep their order."""
     copy = type(model).FromString(model.SerializeToString())
     graph = copy.graph
-    kept = {item.name for item in graph.output}
     outputs = tuple(tuple(node.output) for node in graph.node)
     keys = tuple(node.name or next(iter(node.output), "") for node in graph.node)
     names = {
         name: f"source{place}_{index}"
         for place, found in enumerate(outputs)
         for index, name in enumerate(found)
-        if name and name not in kept
+        if name
     }
     for place, node in enumerate(graph.node):
         node.name = f"source{place}_"
@@ -73,7 +73,7 @@ def origins(marked: MarkedModel, optimized: Sequence[Any]) -> list[tuple[str, ..
     """
     nodes = marked.model.graph.node
     makers = {name: place for place, node in enumerate(nodes) for name in node.output if name}
-    owners = _owners(optimized, makers)
+    owners = _owners(nodes, optimized, makers)
     readers: dict[str, list[int]] = {}
     for place, node in enumerate(nodes):
         for name in node.input:
@@ -91,7 +91,9 @@ def origins(marked: MarkedModel, optimized: Sequence[Any]) -> list[tuple[str, ..
     return [tuple(marked.keys[source] for source in sorted(group)) for group in grouped]
 
 
-def _owners(optimized: Sequence[Any], makers: Mapping[str, int]) -> dict[int, int]:
+def _owners(
+    nodes: Sequence[Any], optimized: Sequence[Any], makers: Mapping[str, int]
+) -> dict[int, int]:
     """The optimized node for each of the file's nodes whose mark is in a name."""
     owners: dict[int, int] = {}
     # A node that kept its name comes before others that were named after it.
@@ -100,7 +102,11 @@ def _owners(optimized: Sequence[Any], makers: Mapping[str, int]) -> dict[int, in
             owners.setdefault(int(match[1]), place)
     for place, node in enumerate(optimized):
         found = [int(match[1]) for match in _MARK.finditer(node.name)]
-        for source in (*found, *(makers[name] for name in node.output if name in makers)):
+        made = [makers[name] for name in node.output if name in makers]
+        # One that was put in to move values takes over the name of what it moves.
+        if node.op_type in _MOVING:
+            made = [source for source in made if nodes[source].op_type == node.op_type]
+        for source in (*found, *made):
             owners.setdefault(source, place)
     return owners
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, final
 
 from autocompress.device import RuntimeSettings
 from autocompress.errors import DeviceError, MeasurementError
@@ -167,7 +168,7 @@ def _with_origins(
 ) -> tuple[NodeTime, ...]:
     by_name = {node.name: place for place, node in enumerate(optimized)}
     # Names alone still tell most of it where the graph could not be written.
-    graph = list(optimized) or [_Named(time.name) for time in times]
+    graph = list(optimized) or [_Named(time.name, time.operator) for time in times]
     sources = origins(marked, graph)
     result = []
     for index, time in enumerate(times):
@@ -189,10 +190,11 @@ def _with_origins(
     return tuple(result)
 
 
+@final
+@dataclass(frozen=True)
 class _Named:
-    """A node of which only the name is known."""
+    """A node of which only name and operator are known."""
 
+    name: str
+    op_type: str
     output: tuple[str, ...] = ()
-
-    def __init__(self, name: str) -> None:
-        self.name = name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import onnx
@@ -139,7 +139,7 @@ def _kept_values(
     return None
 
 
-def _zero_point(values: NDArray[np.generic]) -> int:
+def _zero_point(values: NDArray[np.integer[Any]]) -> int:
     """The zero point where it is the lowest value or zero, which kernels make use of, else one
     between.
     """

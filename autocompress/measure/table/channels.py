@@ -46,7 +46,7 @@ def channels_of(block: Block) -> Channels | None:
         kind = block.inputs[reads[0]]
         count = kind.shape[channel_axis(len(kind.shape))]
         return Channels(count, count)
-    out_axis = _outchannel_axis(block)
+    out_axis = _weight_axis(block)
     shape = weight.type.shape
     if out_axis is None:
         return None
@@ -119,7 +119,7 @@ def _weight(block: Block) -> Constant | None:
     return block.constant(name)
 
 
-def _outchannel_axis(block: Block) -> int | None:
+def _weight_axis(block: Block) -> int | None:
     """Which axis of the weight the output channels are on."""
     lead, weight = block.lead, _weight(block)
     if lead.operator == "Conv":
@@ -165,7 +165,7 @@ class _Swap:
         makers = block.makers()
         self._weight, self._weight_grid = "", set[str]()
         self._upstream = set(block.upstream)
-        self._out_axis = _outchannel_axis(block)
+        self._out_axis = _weight_axis(block)
         if _weight(block) is not None:
             self._weight = self._lead.inputs[_WEIGHT]
             maker = makers.get(self._weight)

@@ -115,6 +115,13 @@ def blocks_of(model: onnx.ModelProto, batch_size: int) -> tuple[Block, ...]:
     return cut_model(model, batch_size).blocks
 
 
+def layer_label(initializer: str) -> str:
+    """What the block that reads a weight is called (`PlacedBlock.layer`)."""
+    for suffix in _SUFFIXES:
+        initializer = initializer.removesuffix(suffix)
+    return initializer
+
+
 @final
 class _Cutter:
     def __init__(self, model: onnx.ModelProto, batch_size: int) -> None:
@@ -208,7 +215,7 @@ class _Cutter:
 
     def _placed(self, nodes: list[onnx.NodeProto], outputs: list[str]) -> PlacedBlock:
         makers = {o: n for n in nodes for o in n.output if o}
-        makers |= {k: v for k, v in (self._readers | self._constant_nodes).items()}
+        makers |= self._readers | self._constant_nodes
         # A node whose result nobody reads runs all the same.
         outputs = outputs or [o for o in nodes[-1].output if o]
         block, inputs = canonical_block(makers, self._constants, self._types, self._opsets, outputs)
@@ -221,8 +228,6 @@ class _Cutter:
             name = str(heavy.input[1])
             while name in self._constant_nodes:
                 name = str(self._constant_nodes[name].input[0])
-            for suffix in _SUFFIXES:
-                name = name.removesuffix(suffix)
-            return name
+            return layer_label(name)
         first = heavy or nodes[0]
         return str(first.name or first.output[0])

@@ -30,6 +30,11 @@ class Meeting:
     tensor: TensorType
 
     @property
+    def key(self) -> str:
+        """Under which its entry is kept."""
+        return f"{self.kind} {self.tensor.text}"
+
+    @property
     def place(self) -> str:
         """Kind and size of an image, without channels: meetings among which one may interpolate."""
         return f"{self.kind} {'x'.join(map(str, self.tensor.shape[2:]))}"

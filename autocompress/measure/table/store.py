@@ -12,6 +12,7 @@ from typing import Any, final
 
 from autocompress.errors import MeasurementError
 from autocompress.measure.table.block import Block, TensorType
+from autocompress.measure.table.joint import Meeting
 
 _FORMAT = 1
 
@@ -19,19 +20,30 @@ _FORMAT = 1
 @final
 @dataclass(frozen=True)
 class Entry:
-    """What one block takes.
+    """What one block takes, what two blocks take more than each alone, or what any run takes.
 
     Attributes:
-        key: see `Block.key`; of an overhead, `overhead_key`.
-        block: None for the overhead of a run.
-        latency_ms: may be below zero by about the noise.
+        key: see `Block.key`, `Meeting.key` and `overhead_key`.
+        latency_ms: may be below zero: by about the noise for a block, and by more for a meeting of
+            two blocks that a runtime fuses.
         noise_ms: half-width of its 95 % interval.
+        block: None for a meeting and for the overhead of a run.
+        meeting: None for all else.
+        apart_ms: the sum of what the two blocks that meet take alone.
     """
 
     key: str
-    block: Block | None
     latency_ms: float
     noise_ms: float
+    block: Block | None = None
+    meeting: Meeting | None = None
+    apart_ms: float = 0.0
+
+    @property
+    def miss(self) -> float:
+        """By what share of what two blocks take together the sum of both alone misses it."""
+        together = max(self.apart_ms + self.latency_ms, 1e-9)
+        return abs(self.latency_ms) / together
 
 
 def overhead_key(inputs: tuple[TensorType, ...], outputs: tuple[TensorType, ...]) -> str:
@@ -82,16 +94,7 @@ class Store:
         Raises:
             MeasurementError: the file cannot be written.
         """
-        line = json.dumps(
-            {
-                "format": _FORMAT,
-                "key": entry.key,
-                "latency_ms": entry.latency_ms,
-                "noise_ms": entry.noise_ms,
-                "block": None if entry.block is None else json.loads(entry.block.to_json()),
-            },
-            separators=(",", ":"),
-        )
+        line = _line(entry)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab+") as file:
@@ -124,11 +127,31 @@ def _read_lines(text: bytes) -> Iterator[Entry]:
             continue
 
 
+def _line(entry: Entry) -> str:
+    data: dict[str, Any] = {
+        "format": _FORMAT,
+        "key": entry.key,
+        "latency_ms": entry.latency_ms,
+        "noise_ms": entry.noise_ms,
+    }
+    if entry.block is not None:
+        data["block"] = json.loads(entry.block.to_json())
+    if entry.meeting is not None:
+        tensor = entry.meeting.tensor
+        data["meeting"] = [entry.meeting.kind, tensor.element, tensor.shape]
+        data["apart_ms"] = entry.apart_ms
+    return json.dumps(data, separators=(",", ":"))
+
+
 def _entry(data: Mapping[str, Any]) -> Entry:
-    block = data["block"]
+    block, meeting = data.get("block"), data.get("meeting")
     return Entry(
         str(data["key"]),
-        None if block is None else Block.from_json(json.dumps(block)),
         float(data["latency_ms"]),
         float(data["noise_ms"]),
+        None if block is None else Block.from_json(json.dumps(block)),
+        None
+        if meeting is None
+        else Meeting(str(meeting[0]), TensorType(int(meeting[1]), tuple(meeting[2]))),
+        float(data.get("apart_ms", 0.0)),
     )

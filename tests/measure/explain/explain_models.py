@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def weight(*shape: int, seed: int = 0) -> Array:
 def chain(widths: Sequence[int], *, activation: str = "Relu") -> onnx.ModelProto:
     """Convolutions of 3x3, `l0`, `l1`, ..., each with a bias and an activation."""
     nodes, constants, value = [], {}, "x"
-    for place, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+    for place, (inputs, outputs) in enumerate(pairwise(widths)):
         constants[f"l{place}.weight"] = weight(outputs, inputs, 3, 3, seed=place)
         constants[f"l{place}.bias"] = weight(outputs)
         last = place == len(widths) - 2

@@ -239,10 +239,14 @@ def test_a_large_rest_outside_layers_bounds_what_is_left_to_gain() -> None:
 
 
 def test_advice_on_input_channels_is_onnxruntimes_alone() -> None:
-    before, after = (chain((16, 64)), [blocked(2.0)]), (chain((16, 37)), [node("Conv", 1, ["conv0"])])
-    assert "input channels" in only(
-        overheads(case_of(before, (after[0], [blocked(1.0)]))), "missed_tile"
-    ).why
+    before, after = (
+        (chain((16, 64)), [blocked(2.0)]),
+        (chain((16, 37)), [node("Conv", 1, ["conv0"])]),
+    )
+    assert (
+        "input channels"
+        in only(overheads(case_of(before, (after[0], [blocked(1.0)]))), "missed_tile").why
+    )
     openvino = case_of((before[0], [node("Conv", 2, ["conv0"])]), after, runtime=OPENVINO)
     assert "input channels" not in only(overheads(openvino), "missed_tile").why
 

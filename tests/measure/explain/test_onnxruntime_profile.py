@@ -96,6 +96,7 @@ def test_an_integer_convolution_stands_for_the_roundings_it_has_swallowed(tmp_pa
     nodes = profile(saved(Rounded().model(), tmp_path))
     (convolution,) = [n for n in nodes if n.operator == "QLinearConv"]
     assert convolution.origins == ("x_dq", "l_dq", "layer", "z_q")
+    assert [n.origins for n in nodes if n.operator == "Transpose"] == [(), ()]
     assert [n.origins for n in nodes if n.operator == "QuantizeLinear"] == [("x_q",)]
     assert [n.origins for n in nodes if n.operator == "DequantizeLinear"] == [("z_dq",)]
 
@@ -122,7 +123,9 @@ def test_values_that_a_subgraph_reads_are_renamed_there_too(tmp_path: Path) -> N
     branches = [
         helper.make_graph(
             [helper.make_node(operator, ["t"], [f"{operator}_out"], f"inner_{operator}")],
-            operator, [], [helper.make_tensor_value_info(f"{operator}_out", TensorProto.FLOAT, None)],
+            operator,
+            [],
+            [helper.make_tensor_value_info(f"{operator}_out", TensorProto.FLOAT, None)],
         )
         for operator in ("Neg", "Exp")
     ]  # fmt: skip
@@ -140,11 +143,12 @@ def test_values_that_a_subgraph_reads_are_renamed_there_too(tmp_path: Path) -> N
     assert "Neg" not in found
 
 
-def test_marking_changes_names_only_and_not_those_of_inputs_and_outputs() -> None:
+def test_marking_changes_names_only_and_not_those_of_inputs_and_constants() -> None:
     model = chain((CHANNELS, 32))
     marked = mark(model)
     assert [i.name for i in marked.model.graph.input] == ["x"]
-    assert [o.name for o in marked.model.graph.output] == ["y"]
+    assert [i.name for i in marked.model.graph.initializer] == ["l0.weight", "l0.bias"]
+    assert [o.name for o in marked.model.graph.output] == ["source1_0"]
     assert [n.op_type for n in marked.model.graph.node] == ["Conv", "Relu"]
     assert [n.name for n in model.graph.node] == ["conv0", "act0"]
     assert marked.original_name("source0_0_nchwc") == "c0_nchwc"
@@ -156,7 +160,7 @@ def test_a_node_that_kept_its_name_is_preferred_to_one_named_after_it() -> None:
     optimized = [
         helper.make_node("Transpose", ["x"], ["q"], "source0_0_token_1"),
         helper.make_node("Conv", ["q"], ["r"], "source0_"),
-        helper.make_node("Relu", ["r"], ["y"], "anything"),
+        helper.make_node("Relu", ["r"], ["source1_0"], "anything"),
     ]
     assert origins(marked, optimized) == [(), ("conv0",), ("act0",)]
 
@@ -178,3 +182,14 @@ def test_constants_made_of_constants_belong_to_the_node_that_reads_them(tmp_path
     model = model_of(nodes, {"l.weight": weight(CHANNELS, CHANNELS, 3, 3)})
     (found,) = [n for n in profile(saved(model, tmp_path)) if "Conv" in n.operator]
     assert found.origins == ("turn", "layer")
+
+
+def test_a_transpose_of_the_files_own_keeps_its_origin(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["t"], "turn", perm=[0, 2, 3, 1]),
+        helper.make_node("Softmax", ["t"], ["y"], "softmax", axis=-1),
+    ]
+    found = profile(saved(model_of(nodes, {}), tmp_path))
+    assert [(n.operator, n.origins) for n in found] == [
+        ("Transpose", ("turn",)), ("Softmax", ("softmax",)),
+    ]  # fmt: skip

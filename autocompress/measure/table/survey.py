@@ -1,0 +1,142 @@
+"""Filling a table: which blocks and meetings of some models are still to be measured, and how."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import final
+
+from autocompress.errors import MeasurementError
+from autocompress.measure.table.block import Block
+from autocompress.measure.table.cut import Cut
+from autocompress.measure.table.joint import Meeting, distinct_edges, join, meeting_of
+from autocompress.measure.table.store import Entry, Store
+from autocompress.measure.table.table import Table
+from autocompress.measure.table.timing import BlockTimer
+
+# So many sizes of a tensor are measured for one kind of meeting; a line goes through them.
+_SIZES = 3
+
+Step = Callable[[], None]
+
+
+@final
+@dataclass(frozen=True)
+class Fill:
+    """What came of filling a table.
+
+    Attributes:
+        measured: how many entries were measured now.
+        reused: how many were there.
+        failures: why each other one could not be measured.
+    """
+
+    measured: int
+    reused: int
+    failures: tuple[str, ...]
+
+
+@final
+@dataclass(frozen=True)
+class Pair:
+    """Two blocks that meet, as one block."""
+
+    meeting: Meeting
+    joint: Block
+    apart_ms: float
+    noise_ms: float
+
+
+def missing_blocks(blocks: Iterable[Block], table: Table) -> tuple[Block, ...]:
+    """Those that the table has no entry for, each once."""
+    found = {block.key: block for block in blocks}
+    return tuple(block for block in found.values() if table.lookup(block) is None)
+
+
+def missing_pairs(cuts: Sequence[Cut], table: Table) -> tuple[Pair, ...]:
+    """Meetings to be measured: of each kind the smallest, a middle and the largest tensor.
+
+    Of pairs that meet over the same tensor the quickest is taken, for the cost of meeting is a
+    difference. Only pairs whose blocks are in the table can be measured.
+    """
+    places: dict[str, dict[int, Pair]] = defaultdict(dict)
+    for cut in cuts:
+        for edge in distinct_edges(cut).values():
+            producer, consumer = cut.blocks[edge.producer], cut.blocks[edge.consumer]
+            known = (table.lookup(producer), table.lookup(consumer))
+            if known[0] is None or known[1] is None:
+                continue
+            meeting = meeting_of(cut, edge)
+            apart_ms = known[0].latency_ms + known[1].latency_ms
+            sizes = places[meeting.place]
+            best = sizes.get(meeting.tensor.elements)
+            if best is None or apart_ms < best.apart_ms:
+                joint = join(producer, edge.output, consumer, edge.input)
+                noise_ms = known[0].noise_ms + known[1].noise_ms
+                sizes[meeting.tensor.elements] = Pair(meeting, joint, apart_ms, noise_ms)
+    measured = {entry.key for entry in table.meetings()}
+    return tuple(
+        sizes[elements]
+        for sizes in places.values()
+        for elements in _spread(sorted(sizes))
+        if sizes[elements].meeting.key not in measured
+    )
+
+
+def _spread(sizes: Sequence[int]) -> list[int]:
+    if len(sizes) <= _SIZES:
+        return list(sizes)
+    return [sizes[i * (len(sizes) - 1) // (_SIZES - 1)] for i in range(_SIZES)]
+
+
+def fill_overheads(store: Store, timer: BlockTimer, cuts: Sequence[Cut]) -> Fill:
+    """Measure what a run takes, for every kind of inputs and outputs that is not there."""
+    table = Table(store.entries().values())
+    wanted = {(cut.inputs, cut.outputs) for cut in cuts}
+    missing = [kinds for kinds in wanted if table.overhead(*kinds) is None]
+    for inputs, outputs in missing:
+        store.add(timer.overhead(inputs, outputs))
+    return Fill(len(missing), len(wanted) - len(missing), ())
+
+
+def fill_blocks(store: Store, timer: BlockTimer, blocks: Sequence[Block], step: Step) -> Fill:
+    """Measure every block that is not there; each is kept as soon as it is measured.
+
+    A block that fails alone is left out, with its reason.
+
+    Args:
+        step: called after each one that had to be measured.
+    """
+    missing = missing_blocks(blocks, Table(store.entries().values()))
+    failures = []
+    for block in missing:
+        try:
+            store.add(timer.block(block))
+        except MeasurementError as reason:
+            failures.append(f"{block.lead.operator}: {reason.what}")
+        step()
+    distinct = len({block.key for block in blocks})
+    return Fill(len(missing) - len(failures), distinct - len(missing), tuple(failures))
+
+
+def fill_pairs(store: Store, timer: BlockTimer, pairs: Sequence[Pair], step: Step) -> Fill:
+    """Measure what blocks take more together than alone; as `fill_blocks`."""
+    failures = []
+    for pair in pairs:
+        try:
+            together = timer.block(pair.joint)
+        except MeasurementError as reason:
+            failures.append(f"{pair.meeting.kind}: {reason.what}")
+        else:
+            store.add(
+                Entry(
+                    pair.meeting.key,
+                    together.latency_ms - pair.apart_ms,
+                    together.noise_ms + pair.noise_ms,
+                    meeting=pair.meeting,
+                    apart_ms=pair.apart_ms,
+                )
+            )
+        step()
+    return Fill(len(pairs) - len(failures), 0, tuple(failures))
