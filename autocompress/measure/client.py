@@ -220,7 +220,7 @@ class Worker:
         Args:
             subject: a model in a runtime.
             inputs: one array per model input; the profile's `batch_size` first rows are used.
-            runs: how often to run; times are medians over these.
+            runs: how often to run; times are robust means over these.
 
         Raises:
             MeasurementError: the model fails, crashes the runtime or hangs; or the runtime has no

@@ -33,7 +33,7 @@ class NodeTime:
         name: the runtime's name of the node; it often holds the name from the ONNX file.
         operator: the runtime's operator, such as `Conv`, `QLinearConv` or `Reorder`.
         kernel: the implementation that ran it, as far as the runtime tells; else empty.
-        milliseconds: median over the profiled runs.
+        milliseconds: a robust mean over the profiled runs; each runtime says which.
         inputs: types and shapes of its inputs, such as `float32[1,3,8,8]`; empty if not told.
         outputs: likewise.
         origins: names of the ONNX file's nodes that it stands for; empty if not told.
@@ -126,7 +126,7 @@ class Runtime(ABC):
 
         Args:
             inputs: one array per model input.
-            runs: how often to run; the times are medians over these.
+            runs: how often to run; the times are robust means over these.
 
         Raises:
             MeasurementError: the runtime has no profile with these settings.

@@ -63,14 +63,20 @@ def explain(run: Path, candidate: str, progress: Progress | None = None) -> Expl
         progress: told what is being done.
 
     Raises:
-        RunFolderError: the folder has no such candidate, its file is gone, or it was measured on
-            another device than this one.
+        RunFolderError: the folder has no such candidate, it is the original, its file is gone, or
+            the run was measured on another device than this one.
         MeasurementError: a model fails, or the runtime has no profile.
         DeviceError: a runtime is not available.
     """
     profile = _profile_of(run)
     row = _row(run, candidate)
     runtime = str(row["runtime"]) or profile.runtime_names[0]
+    if candidate == ORIGINAL:
+        raise RunFolderError(
+            "The original network is what candidates are compared with.",
+            given=candidate,
+            advice=f"name another row of `autocompress front {run} --all`",
+        )
     artifact, original = run / str(row["artifact"]), run / "artifacts" / f"{ORIGINAL}.onnx"
     for path in (artifact, original):
         if not path.is_file():

@@ -14,7 +14,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from autocompress.device import DeviceProfile, make_fingerprint
+from autocompress.device import (
+    DeviceProfile,
+    OnnxRuntimeCpuSettings,
+    OpenVinoSettings,
+    make_fingerprint,
+)
 from autocompress.device.facts import local_facts
 from autocompress.errors import RunFolderError
 from autocompress.measure.arrays import write_arrays
@@ -137,6 +142,11 @@ def test_a_candidate_that_is_not_there(finished: Path) -> None:
     assert error.value.allowed == "original, plan"
 
 
+def test_the_original_is_what_others_are_compared_with(finished: Path) -> None:
+    with pytest.raises(RunFolderError, match="compared with"):
+        explain(finished, "original")
+
+
 def test_a_model_that_is_gone(finished: Path) -> None:
     (finished / "artifacts" / "plan.onnx").unlink()
     with pytest.raises(RunFolderError, match="gone"):
@@ -163,3 +173,24 @@ def test_a_layer_that_is_gone_and_one_that_is_new_have_their_rows(explained: Exp
     changes = (replace(whole, after=()), replace(whole, name="new", before=None))
     text = printed(replace(explained, changes=changes))
     assert "gone" in text and "new" in text
+
+
+def test_a_candidate_of_another_runtime_is_compared_within_it(
+    finished: Path, make_row: Any
+) -> None:
+    openvino = OpenVinoSettings(name="openvino")
+    profile = make_profile(OnnxRuntimeCpuSettings(name="onnxruntime"), openvino)
+    settings = {"device_profile": profile.model_dump(mode="json")}
+    (finished / "experiment.yaml").write_text(yaml.safe_dump(settings))
+    rows = [make_row("plan@openvino-f32", runtime="openvino-f32", artifact="artifacts/plan.onnx")]
+    pd.DataFrame(rows).to_csv(finished / "front.csv", index=False)
+    own = {**PAIRED, "candidate_ms": 0.5, "speedup": 2.0}
+    for name, figures in (("original", own), ("plan", PAIRED)):
+        path = finished / "measurements" / f"{name}@openvino-f32-test.json"
+        path.write_text(json.dumps(figures))
+    explanation = explain(finished, "plan@openvino-f32")
+    assert explanation.runtime == "openvino-f32"
+    assert explanation.runtime_speedup == 2.0
+    assert explanation.baseline.latency_ms == 0.5
+    # OpenVINO runs the signed layer in integers.
+    assert [f.kind for f in explanation.findings if f.kind == "float_fallback"] == []

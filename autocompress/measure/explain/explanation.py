@@ -12,6 +12,7 @@ from autocompress.measure.explain.breakdown import Breakdown, break_down
 from autocompress.measure.explain.changes import Change, match_layers
 from autocompress.measure.explain.fallback import fell_back
 from autocompress.measure.explain.findings import (
+    LEAST_SHARE,
     Case,
     Finding,
     count,
@@ -189,8 +190,9 @@ def _verdict(
         text += f" The runtime alone makes the original {runtime_speedup:.2f} x as fast."
     causes = [finding for finding in findings if finding.kind != "outside_layers"]
     if speed.low > 1:
+        least = LEAST_SHARE * speed.candidate_ms
         gains = sorted(changes, key=lambda change: -change.gain_ms)[:_TOP_GAINS]
-        told = [f"{c.name} ({milliseconds(c.gain_ms)})" for c in gains if c.gain_ms > 0]
+        told = [f"{c.name} ({milliseconds(c.gain_ms)})" for c in gains if c.gain_ms > least]
         text += f" Most is gained by {names(told)}." if told else ""
         return text + (f" Most is held back by: {_head(causes[0])}" if causes else "")
     if causes:

@@ -11,7 +11,6 @@ import onnx
 
 from autocompress.errors import MeasurementError
 from autocompress.measure.table.block import READER, Block, BlockNode, Constant, TensorType
-from autocompress.measure.table.fill import random_constants
 from autocompress.measure.table.scaffold import finished_model
 from autocompress.measure.table.shapes import tensor_types
 
@@ -72,10 +71,9 @@ def with_channels(block: Block, channels: Channels) -> Block:
     if found is None or min(channels.inputs, channels.outputs) < 1:
         raise _refusal(block, channels)
     changed = _with(block, found, channels)
-    constants = random_constants(changed, np.random.default_rng(0))
     model = finished_model(
         [_proto(node) for node in changed.nodes],
-        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
+        [_constant_proto(f"c{i}", constant) for i, constant in enumerate(changed.constants)],
         changed.inputs,
         changed.output_types,
         changed.opsets,
@@ -106,6 +104,16 @@ def _proto(node: BlockNode) -> onnx.NodeProto:
     )
     proto.attribute.extend(node.protos())
     return proto
+
+
+def _constant_proto(name: str, constant: Constant) -> onnx.TensorProto:
+    """The constant with its values, where it has any; shapes are all that the others matter for."""
+    kind = constant.type
+    if constant.values is None:
+        return onnx.TensorProto(name=name, data_type=kind.element, dims=kind.shape)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.element)
+    values = np.resize(np.asarray(constant.values).astype(dtype), kind.shape)
+    return onnx.numpy_helper.from_array(values, name)
 
 
 def _weight(block: Block) -> Constant | None:

@@ -29,6 +29,12 @@ class Meeting:
     kind: str
     tensor: TensorType
 
+    @staticmethod
+    def between(end: str, begin: str, tensor: TensorType) -> Meeting:
+        """A meeting of what `end_of` and `begin_of` say of two blocks."""
+        element = TensorProto.DataType.Name(tensor.element).lower()
+        return Meeting(f"{end} -> {element} -> {begin}", tensor)
+
     @property
     def key(self) -> str:
         """Under which its entry is kept."""
@@ -45,8 +51,7 @@ def meeting_of(cut: Cut, edge: Edge) -> Meeting:
     producer, consumer = cut.blocks[edge.producer], cut.blocks[edge.consumer]
     how = "" if edge.input in consumer.main_inputs else " beside"
     tensor = producer.output_types[edge.output]
-    element = TensorProto.DataType.Name(tensor.element).lower()
-    return Meeting(f"{_end(producer)} -> {element} -> {_begin(consumer)}{how}", tensor)
+    return Meeting.between(end_of(producer), f"{begin_of(consumer)}{how}", tensor)
 
 
 def distinct_edges(cut: Cut) -> dict[tuple[int, int, str], Edge]:
@@ -57,20 +62,21 @@ def distinct_edges(cut: Cut) -> dict[tuple[int, int, str], Edge]:
     return found
 
 
-def _begin(block: Block) -> str:
+def begin_of(block: Block) -> str:
+    """The operator that a block begins with, and whether it computes in integers."""
     makers, lead = block.makers(), block.lead
     sources = [makers.get(name) for name in lead.inputs[:2]]
     integer = len(sources) > 1 and all(s is not None and s.operator == READER for s in sources)
     return f"{'integer ' if integer else ''}{lead.operator}"
 
 
-def _end(block: Block) -> str:
-    """The lead, and whether what it adds is of another kind than what it computes."""
+def end_of(block: Block) -> str:
+    """What a block's result comes from: as `begin_of`, and whether what it adds is of that kind."""
     added = {
         block.inputs[i].element in _INTEGERS
         for i in set(range(len(block.inputs))) - block.main_inputs
     }
-    begin = _begin(block)
+    begin = begin_of(block)
     integer = begin.startswith("integer ")
     mixed = " mixed" if added - {integer} else ""
     return f"{begin}{mixed}"

@@ -54,10 +54,10 @@ def missing_blocks(blocks: Iterable[Block], table: Table) -> tuple[Block, ...]:
     return tuple(block for block in found.values() if table.lookup(block) is None)
 
 
-def missing_pairs(cuts: Sequence[Cut], table: Table) -> tuple[Pair, ...]:
-    """Meetings to be measured: of each kind the smallest, a middle and the largest tensor.
+def wanted_pairs(cuts: Sequence[Cut], table: Table) -> tuple[Pair, ...]:
+    """Meetings that a table should know.
 
-    Of pairs that meet over the same tensor the quickest is taken, for the cost of meeting is a
+    They are of each kind the smallest, a middle and the largest tensor. Of pairs that meet over the same tensor the quickest is taken, for the cost of meeting is a
     difference. Only pairs whose blocks are in the table can be measured.
     """
     places: dict[str, dict[int, Pair]] = defaultdict(dict)
@@ -75,13 +75,15 @@ def missing_pairs(cuts: Sequence[Cut], table: Table) -> tuple[Pair, ...]:
                 joint = join(producer, edge.output, consumer, edge.input)
                 noise_ms = known[0].noise_ms + known[1].noise_ms
                 sizes[meeting.tensor.elements] = Pair(meeting, joint, apart_ms, noise_ms)
-    measured = {entry.key for entry in table.meetings()}
     return tuple(
-        sizes[elements]
-        for sizes in places.values()
-        for elements in _spread(sorted(sizes))
-        if sizes[elements].meeting.key not in measured
+        sizes[elements] for sizes in places.values() for elements in _spread(sorted(sizes))
     )
+
+
+def missing_pairs(pairs: Sequence[Pair], table: Table) -> tuple[Pair, ...]:
+    """Those that the table has no entry for."""
+    measured = {entry.key for entry in table.meetings()}
+    return tuple(pair for pair in pairs if pair.meeting.key not in measured)
 
 
 def _spread(sizes: Sequence[int]) -> list[int]:
@@ -122,8 +124,9 @@ def fill_blocks(store: Store, timer: BlockTimer, blocks: Sequence[Block], step: 
 
 def fill_pairs(store: Store, timer: BlockTimer, pairs: Sequence[Pair], step: Step) -> Fill:
     """Measure what blocks take more together than alone; as `fill_blocks`."""
+    missing = missing_pairs(pairs, Table(store.entries().values()))
     failures = []
-    for pair in pairs:
+    for pair in missing:
         try:
             together = timer.block(pair.joint)
         except MeasurementError as reason:
@@ -139,4 +142,4 @@ def fill_pairs(store: Store, timer: BlockTimer, pairs: Sequence[Pair], step: Ste
                 )
             )
         step()
-    return Fill(len(pairs) - len(failures), 0, tuple(failures))
+    return Fill(len(missing) - len(failures), len(pairs) - len(missing), tuple(failures))
