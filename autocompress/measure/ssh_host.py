@@ -10,10 +10,10 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import IO, NoReturn, final
 
-import autocompress
 from autocompress.device import DeviceProfile, MachineFacts, RemoteSettings
 from autocompress.errors import DeviceError, MeasurementError
 from autocompress.measure.arrays import file_key
@@ -34,8 +34,8 @@ _PREFIX = "autocompress-"
 _KEPT_DAYS = 14
 _CHUNK = 1 << 20
 _ABOUT = (
-    "import json, autocompress; from autocompress.device import usable_cores; "
-    "print(json.dumps([autocompress.__version__, usable_cores()]))"
+    "import json; from importlib import metadata; from autocompress.device import usable_cores; "
+    "print(json.dumps([metadata.version('autocompress'), usable_cores()]))"
 )
 _INSTALL = "pip install 'autocompress[device]'"
 
@@ -88,7 +88,7 @@ class SshHost(Host):
 
         Raises:
             DeviceError: the host does not answer, or its folder cannot be written to.
-            MeasurementError: the ONNX file keeps weights in other files.
+            MeasurementError: the ONNX file cannot be read, or keeps weights in other files.
         """
         path = path.resolve()
         key = file_key(path)
@@ -152,7 +152,7 @@ class SshHost(Host):
     def _checked_cores(self) -> list[int]:
         """The cores that the host gives, after a check of its autocompress."""
         command = shlex.join(["env", "PYTHONSAFEPATH=1", self._python, "-c", _ABOUT])
-        done, here = self._call(command), autocompress.__version__
+        done, here = self._call(command), metadata.version("autocompress")
         if done.returncode:
             raise DeviceError(
                 f"The device's Python has no autocompress: {_last_line(done.stderr)}",
@@ -283,16 +283,10 @@ def _plain(name: str) -> str:
 def _refuse_other_files(path: Path) -> None:
     if path.suffix != ".onnx":
         return
-    # The child that runs on this machine must not load it.
-    import onnx
-    from google.protobuf.message import DecodeError
+    # Imported here, for the child of a local device needs no onnx.
+    from autocompress.measure.any_file import open_model
 
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except DecodeError:
-        # What is wrong with the file is the runtime's to say.
-        return
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
+    if any(len(tensor.external_data) for tensor in open_model(path).graph.initializer):
         raise MeasurementError(
             "The ONNX file keeps weights in other files, which are not sent to a remote device.",
             given=path,

@@ -26,6 +26,7 @@ from autocompress.search.budget import Budget
 from autocompress.search.columns import ORIGINAL, REFERENCES, STOCK_INT8
 from autocompress.search.finals import choose_finalists
 from autocompress.search.front import Front, build_front
+from autocompress.search.paying_levels import keep_paying_levels
 from autocompress.search.prepare import Options, Prepared, fill_bank, prepare
 from autocompress.search.progress import Progress, Silent
 from autocompress.search.seeds import uniform_seeds
@@ -57,6 +58,7 @@ def run_search(path: Path, options: Options, progress: Progress | None = None) -
     settings = prepared.experiment.search
     budget = Budget(settings.trials, settings.time_s, prepared.folder.seconds_spent() + set_up_s)
     with prepared.folder.claim(prepared.identity):
+        prepared = keep_paying_levels(prepared, progress)
         bank = fill_bank(prepared, progress)
         builder = Builder(
             prepared.workload,

@@ -23,7 +23,7 @@ from autocompress.measure.table.block import Block, TensorType
 from autocompress.measure.table.fill import random_constants, random_input
 from autocompress.measure.table.scaffold import Scaffold, finished_model
 
-MOST_COPIES = 8
+MOST_COPIES = 4
 _FEWEST_COPIES = 3
 # More weights than a core's own cache holds, as in a network; not so many that pages run out too.
 _WEIGHT_BYTES = 4 << 20
@@ -69,26 +69,42 @@ def bench(block: Block, seed: int = 0) -> Bench:
 
 
 def empty_bench(inputs: Sequence[TensorType], outputs: Sequence[TensorType]) -> Bench:
-    """A model that does next to nothing between the given inputs and outputs, twice.
+    """Models that do next to nothing between the given inputs and outputs, once and many times.
 
-    Every output is a constant plus one value of the first input, so nothing is computed in advance.
+    Every output is a constant plus some values of the first input, so nothing is computed in
+    advance. What is left of a run without these additions is `run_overhead`.
     """
+    models = [
+        _empty_model(inputs, outputs, 1),
+        _empty_model(inputs, outputs, MOST_COPIES + 1),
+    ]
     generator = np.random.default_rng(0)
-    constants = [
-        numpy_helper.from_array(np.array([0], np.int64), "zero"),
-        numpy_helper.from_array(np.array([-1], np.int64), "flat"),
-    ]
-    nodes = [
-        helper.make_node("Reshape", ["i0", "flat"], ["values"]),
-        helper.make_node("Gather", ["values", "zero"], ["first"]),
-    ]
+    arrays = tuple(random_input(kind, generator)[None] for kind in inputs)
+    return Bench(models[0], models[1], MOST_COPIES, arrays)
+
+
+def run_overhead(one_ms: float, many_ms: float, copies: int) -> float:
+    """What a run takes by itself, from the times of both models of an `empty_bench`."""
+    # Besides two or three small nodes per copy, one more in all makes the input flat.
+    return one_ms - 1.5 * (many_ms - one_ms) / copies
+
+
+def _empty_model(inputs: Sequence[TensorType], outputs: Sequence[TensorType], copies: int) -> bytes:
+    constants = [numpy_helper.from_array(np.array([-1], np.int64), "flat")]
+    nodes = [helper.make_node("Reshape", ["i0", "flat"], ["values"])]
+    for copy in range(copies):
+        place = np.array([copy % max(inputs[0].elements, 1)], np.int64)
+        constants.append(numpy_helper.from_array(place, f"place{copy}"))
+        nodes.append(helper.make_node("Gather", ["values", f"place{copy}"], [f"value{copy}"]))
     for i, kind in enumerate(outputs):
         value = np.zeros(kind.shape, helper.tensor_dtype_to_np_dtype(kind.element))
-        constants.append(numpy_helper.from_array(value, f"k{i}"))
-        nodes.append(helper.make_node("Cast", ["first"], [f"v{i}"], to=kind.element))
-        nodes.append(helper.make_node("Add", [f"k{i}", f"v{i}"], [f"o{i}"]))
-    model = finished_model(nodes, constants, inputs, outputs, ())
-    return Bench(model, model, 1, tuple(random_input(kind, generator)[None] for kind in inputs))
+        constants.append(numpy_helper.from_array(value, f"o{i}_sum0"))
+        for copy in range(copies):
+            cast, before = f"o{i}_value{copy}", f"o{i}_sum{copy}"
+            after = f"o{i}" if copy == copies - 1 else f"o{i}_sum{copy + 1}"
+            nodes.append(helper.make_node("Cast", [f"value{copy}"], [cast], to=kind.element))
+            nodes.append(helper.make_node("Add", [before, cast], [after]))
+    return finished_model(nodes, constants, inputs, outputs, ())
 
 
 def chained_input(block: Block) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -14,9 +13,6 @@ from autocompress.measure.table.joint import Meeting, distinct_edges, join, meet
 from autocompress.measure.table.store import Entry, Store
 from autocompress.measure.table.table import Table
 from autocompress.measure.table.timing import BlockTimer
-
-# So many sizes of a tensor are measured for one kind of meeting; a line goes through them.
-_SIZES = 3
 
 Step = Callable[[], None]
 
@@ -55,12 +51,12 @@ def missing_blocks(blocks: Iterable[Block], table: Table) -> tuple[Block, ...]:
 
 
 def wanted_pairs(cuts: Sequence[Cut], table: Table) -> tuple[Pair, ...]:
-    """Meetings that a table should know.
+    """Meetings that a table should know: one for every kind and tensor.
 
-    They are of each kind the smallest, a middle and the largest tensor. Of pairs that meet over the same tensor the quickest is taken, for the cost of meeting is a
-    difference. Only pairs whose blocks are in the table can be measured.
+    Of pairs that meet over the same tensor the quickest is taken, for the cost of meeting is a
+    difference. Pairs of which a block is not in the table are left out.
     """
-    places: dict[str, dict[int, Pair]] = defaultdict(dict)
+    found: dict[str, Pair] = {}
     for cut in cuts:
         for edge in distinct_edges(cut).values():
             producer, consumer = cut.blocks[edge.producer], cut.blocks[edge.consumer]
@@ -69,27 +65,18 @@ def wanted_pairs(cuts: Sequence[Cut], table: Table) -> tuple[Pair, ...]:
                 continue
             meeting = meeting_of(cut, edge)
             apart_ms = known[0].latency_ms + known[1].latency_ms
-            sizes = places[meeting.place]
-            best = sizes.get(meeting.tensor.elements)
+            best = found.get(meeting.key)
             if best is None or apart_ms < best.apart_ms:
                 joint = join(producer, edge.output, consumer, edge.input)
                 noise_ms = known[0].noise_ms + known[1].noise_ms
-                sizes[meeting.tensor.elements] = Pair(meeting, joint, apart_ms, noise_ms)
-    return tuple(
-        sizes[elements] for sizes in places.values() for elements in _spread(sorted(sizes))
-    )
+                found[meeting.key] = Pair(meeting, joint, apart_ms, noise_ms)
+    return tuple(found.values())
 
 
 def missing_pairs(pairs: Sequence[Pair], table: Table) -> tuple[Pair, ...]:
     """Those that the table has no entry for."""
     measured = {entry.key for entry in table.meetings()}
     return tuple(pair for pair in pairs if pair.meeting.key not in measured)
-
-
-def _spread(sizes: Sequence[int]) -> list[int]:
-    if len(sizes) <= _SIZES:
-        return list(sizes)
-    return [sizes[i * (len(sizes) - 1) // (_SIZES - 1)] for i in range(_SIZES)]
 
 
 def fill_overheads(store: Store, timer: BlockTimer, cuts: Sequence[Cut]) -> Fill:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import final
@@ -22,7 +22,7 @@ from autocompress.measure.table.store import Entry, overhead_key
 
 # How far an interpolated block and the cost of a meeting are off, as shares: 95 % of them.
 _INTERPOLATION_NOISE = 0.3
-# Differences of three timings are no better than this share of what was timed.
+# Differences of three timings are known no better than to this share of what was timed.
 _MEETING_NOISE = 0.02
 
 
@@ -111,13 +111,21 @@ class Table:
     def meeting(self, meeting: Meeting) -> Estimate:
         """What two blocks take more together than alone; nothing where none such was measured.
 
-        A straight line through all measured meetings at the place, over the tensor's size, because
-        what is paid is a conversion of the tensor.
+        Costs that could be noise are none. For a tensor that was not measured the cost lies between
+        those of the next smaller and the next larger one at the place, because what is paid is a
+        conversion of the tensor.
         """
-        line = self._lines.get(meeting.place)
-        if line is None:
+        entry = self._entries.get(meeting.key)
+        if entry is not None:
+            return Estimate(_significant(entry), entry.noise_ms, measured=True)
+        found = self._places.get(meeting.place)
+        if not found:
             return Estimate(0.0, 0.0, measured=False)
-        return Estimate(line.at(meeting.tensor.elements), line.noise_ms, measured=True)
+        sizes, costs, noise_ms = found
+        cost = float(np.interp(meeting.tensor.elements, sizes, costs))
+        # Beyond the largest one it grows with the tensor.
+        cost *= max(meeting.tensor.elements / sizes[-1], 1.0)
+        return Estimate(cost, noise_ms, measured=False)
 
     def meetings(self) -> tuple[Entry, ...]:
         """All measured meetings."""
@@ -173,34 +181,23 @@ class Table:
         }
 
     @cached_property
-    def _lines(self) -> dict[str, _Line]:
-        found: dict[str, list[Entry]] = defaultdict(list)
+    def _places(self) -> dict[str, tuple[list[int], list[float], float]]:
+        """Sizes of the tensors, costs, and the largest noise, by place."""
+        found: dict[str, dict[int, Entry]] = defaultdict(dict)
         for entry in self.meetings():
             assert entry.meeting is not None
-            found[entry.meeting.place].append(entry)
-        return {place: _fit_line(entries) for place, entries in found.items()}
+            found[entry.meeting.place][entry.meeting.tensor.elements] = entry
+        return {
+            place: (
+                sorted(entries),
+                [_significant(entries[size]) for size in sorted(entries)],
+                max(entry.noise_ms for entry in entries.values()),
+            )
+            for place, entries in found.items()
+        }
 
 
-@final
-@dataclass(frozen=True)
-class _Line:
-    """A cost that grows with a tensor's size."""
-
-    base_ms: float
-    slope_ms: float
-    noise_ms: float
-
-    def at(self, elements: int) -> float:
-        return self.base_ms + self.slope_ms * elements
-
-
-def _fit_line(entries: Sequence[Entry]) -> _Line:
-    """Least squares, weighted by how well each difference is known."""
-    sizes = np.array([e.meeting.tensor.elements for e in entries if e.meeting is not None], float)
-    costs = np.array([e.latency_ms for e in entries])
-    noise = np.array([max(e.noise_ms, _MEETING_NOISE * e.apart_ms, 1e-6) for e in entries])
-    if len(set(sizes)) == 1:
-        cost = float(np.average(costs, weights=noise**-2.0))
-        return _Line(0.0, cost / float(sizes[0]), float(noise.min()))
-    slope, base = np.polyfit(sizes, costs, 1, w=1 / noise)
-    return _Line(float(base), float(slope), float(noise.min()))
+def _significant(entry: Entry) -> float:
+    """A meeting's cost, if it can be told from none."""
+    noise_ms = max(entry.noise_ms, _MEETING_NOISE * entry.apart_ms)
+    return entry.latency_ms if abs(entry.latency_ms) > noise_ms else 0.0

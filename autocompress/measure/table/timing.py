@@ -10,7 +10,7 @@ from autocompress.device import DeviceProfile
 from autocompress.measure.client import Subject, Worker
 from autocompress.measure.latency import PairedLatency
 from autocompress.measure.table.block import Block, TensorType
-from autocompress.measure.table.copies import Bench, bench, empty_bench
+from autocompress.measure.table.copies import Bench, bench, empty_bench, run_overhead
 from autocompress.measure.table.store import Entry, overhead_key
 
 _TARGET_HALF_WIDTH = 0.01
@@ -69,9 +69,11 @@ class BlockTimer:
 
     def overhead(self, inputs: tuple[TensorType, ...], outputs: tuple[TensorType, ...]) -> Entry:
         """Time a run that computes next to nothing."""
-        paired = self._compare(empty_bench(inputs, outputs), 0)
+        built = empty_bench(inputs, outputs)
+        paired = self._compare(built, 0)
+        overhead_ms = run_overhead(paired.baseline_ms, paired.candidate_ms, built.copies)
         noise = paired.candidate_ms * paired.half_width
-        return Entry(overhead_key(inputs, outputs), paired.baseline_ms, noise)
+        return Entry(overhead_key(inputs, outputs), overhead_ms, noise)
 
     def _block(self, block: Block, seed: int) -> Entry:
         built = bench(block, seed)
