@@ -37,7 +37,7 @@ _ABOUT = (
     "import json; from importlib import metadata; from autocompress.device import usable_cores; "
     "print(json.dumps([metadata.version('autocompress'), usable_cores()]))"
 )
-_INSTALL = "pip install 'autocompress[device]'"
+_INSTALL = "pip install 'autocompress'"
 
 
 @final
@@ -174,7 +174,7 @@ class SshHost(Host):
                 "The device has another version of autocompress than this machine.",
                 given=f"{version} on {self._host}",
                 allowed=f"{here}, as here",
-                advice=f"there: pip install 'autocompress[device]=={here}'",
+                advice=f"there: pip install 'autocompress=={here}'",
             )
         return list(cores)
 
