@@ -10,12 +10,15 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from autocompress.errors import AutocompressError, ConfigError, NoFitError
+
+if TYPE_CHECKING:
+    from autocompress.device import DeviceProfile
 
 _WIDTH = 100
 _BAD_INPUT, _NO_FIT, _INTERRUPTED = 2, 1, 130
@@ -292,6 +295,23 @@ def decode(
         )
     size = decode_file(container, target)
     _console().print(f"model: {target} ({byte_size(size)})", soft_wrap=True, highlight=False)
+
+
+def _profile_network(
+    device: DeviceProfile, network: Path, plans: int, runtime: str | None, as_json: bool
+) -> None:
+    from autocompress.report.latency_table import network_parts
+    from autocompress.report.progress import SearchDisplay
+    from autocompress.search.network_table import profile_network
+
+    with SearchDisplay() as display:
+        report = profile_network(device, network, plans=plans, runtime=runtime, progress=display)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=1))
+        return
+    console = _console()
+    for part in network_parts(report):
+        console.print(part)
 
 
 def _say(text: str) -> None:

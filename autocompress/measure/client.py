@@ -38,8 +38,9 @@ class Subject:
 
 @final
 class Worker:
-    """Measures ONNX files in a child process that is pinned, lock-holding and, unless PyTorch is the
-    runtime, free of it.
+    """Measures ONNX files in a child process that is pinned and holds the device's lock.
+
+    The child is free of PyTorch, unless that is the runtime.
 
     The child starts with the first request and again after a crash or hang; it dies with this
     process. Use one worker from one thread: on Linux the child also dies with the thread that

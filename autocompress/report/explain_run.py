@@ -194,7 +194,8 @@ def _row(run: Path, candidate: str) -> pd.Series[str]:
             allowed=", ".join(known[:8]) + (" ..." if len(known) > 8 else ""),
             advice=f"autocompress front {run} --all",
         )
-    return rows.iloc[0]
+    row: pd.Series[str] = rows.iloc[0]
+    return row
 
 
 def _stored_speed(run: Path, candidate: str) -> Speed | None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast, final
 
+import onnx
 from torch import Tensor
 
 from autocompress.device import DeviceProfile
@@ -96,7 +97,7 @@ def _variant(
     precision: Precision | None,
     quantized: frozenset[str],
     floating: FloatModel,
-    model: object,
+    model: onnx.ModelProto,
     profile: DeviceProfile,
 ) -> Variant:
     cut = cut_model(model, profile.batch_size)

@@ -51,10 +51,11 @@ class TensorType:
     @property
     def bytes(self) -> int:
         """Its size in memory."""
-        bits = {TensorProto.UINT4: 4, TensorProto.INT4: 4}.get(self.element)
+        bits = {int(TensorProto.UINT4): 4, int(TensorProto.INT4): 4}.get(self.element)
         if bits is not None:
             return (self.elements * bits + 7) // 8
-        return self.elements * int(helper.tensor_dtype_to_np_dtype(self.element).itemsize)
+        size: int = helper.tensor_dtype_to_np_dtype(self.element).itemsize
+        return self.elements * size
 
     @property
     def text(self) -> str:
@@ -227,7 +228,8 @@ def attribute_from_text(name: str, text: str) -> AttributeProto:
     """Read back what `attribute_text` wrote."""
     value = json.loads(text)
     if isinstance(value, dict):
-        return AttributeProto.FromString(base64.b64decode(value["proto"]))
+        proto: AttributeProto = AttributeProto.FromString(base64.b64decode(value["proto"]))
+        return proto
     if value == []:
         return helper.make_attribute(name, value, attr_type=onnx.AttributeProto.INTS)
     return helper.make_attribute(name, value)

@@ -136,7 +136,7 @@ class Kin:
     def _fit(self) -> tuple[tuple[int, int], FloatArray]:
         """The tiles, and a coefficient for each of the model's terms."""
         best: tuple[float, tuple[int, int], FloatArray] | None = None
-        for tiles in itertools.product(_TILES, repeat=2):
+        for tiles in itertools.product(_TILES, _TILES):
             rows = self._rows(self.traits, tiles) / self._times[:, None]
             # Few blocks cannot tell many terms apart: the first terms are the surest.
             used = min(rows.shape[1], max(1, len(rows) * 2 // 3))

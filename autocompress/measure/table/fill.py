@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import helper
 
 from autocompress.measure.session import Array
@@ -54,15 +53,16 @@ def _draw(constant: Constant, generator: np.random.Generator) -> Array:
         if len(kind.shape) < 2:
             return generator.uniform(0.5, 1.5, kind.shape).astype(dtype)
         columns = max(kind.elements / kind.shape[0], 1.0)
-        return (generator.standard_normal(kind.shape) / np.sqrt(columns)).astype(dtype)
+        scaled: Array = (generator.standard_normal(kind.shape) / np.sqrt(columns)).astype(dtype)
+        return scaled
     if kind.element == onnx.TensorProto.INT32:
         return generator.integers(-_SMALL_BIAS, _SMALL_BIAS, kind.shape, dtype)
     return _integers(dtype, kind.shape, generator)
 
 
 def _integers(
-    dtype: np.dtype[np.generic], shape: tuple[int, ...], generator: np.random.Generator
-) -> NDArray[np.generic]:
+    dtype: np.dtype[Any], shape: tuple[int, ...], generator: np.random.Generator
+) -> Array:
     if dtype.kind not in "iu":
         return np.ones(shape, dtype)
     info = np.iinfo(dtype)

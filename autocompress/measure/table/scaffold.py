@@ -96,7 +96,8 @@ class Scaffold:
 
     def _kernel(self, channels: int) -> Array:
         kernel = self._generator.standard_normal((channels, channels, 1, 1), np.float32)
-        return kernel / np.float32(np.sqrt(channels))
+        scaled: Array = kernel / np.float32(np.sqrt(channels))
+        return scaled
 
     def _convolve_bytes(self, name: str, made: str, kind: TensorType) -> str:
         channels = kind.shape[1]
