@@ -1,9 +1,10 @@
-"""What `autocompress profile --network` shows: the latency table, and how well it predicts."""
+"""What `autocompress profile --network` shows: how good the latency table is, and what is in it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from rich import box
 from rich.console import RenderableType
 from rich.table import Table
@@ -11,115 +12,162 @@ from rich.text import Text
 
 from autocompress.report import figures
 from autocompress.report.device import where
-from autocompress.search.network_report import Agreement, NetworkReport
+from autocompress.search.network_report import Agreement, NetworkReport, PlanLatency
 
-_ROWS = 12
-_WORST = 5
+_WORST_PLANS, _SLOWEST_LAYERS, _WORST_MISSES, _FAILURES = 8, 12, 8, 5
+_UNTRUSTED = "*"
+_WIDTH = 100
 
 
-def network_parts(report: NetworkReport, *, everything: bool = False) -> list[RenderableType]:
-    """A network's latency table as texts and tables of at most 100 columns, one after another.
-
-    Args:
-        report: what building the table gave.
-        everything: all layers and levels, not only the slowest and the first.
-    """
-    count = None if everything else _ROWS
-    parts: list[RenderableType] = [Text(_summary(report)), _layer_table(report, count)]
-    parts.append(_plan_table(report, None if everything else _WORST))
-    parts += [Text(text) for text in _sentences(report, count)]
+def network_parts(report: NetworkReport) -> list[RenderableType]:
+    """Everything that there is to show, in order; no part is wider than 100 columns."""
+    parts: list[RenderableType] = [_summary(report)]
+    if report.plans:
+        parts.append(_plans_table(report.plans))
+    parts.append(_layers_table(report))
+    if report.groups:
+        parts.append(_groups_table(report))
+    if report.misses:
+        parts.append(_misses_table(report))
+    parts.append(_slow_levels(report.slow_levels))
     return parts
 
 
-def _summary(report: NetworkReport) -> str:
+def _summary(report: NetworkReport) -> Text:
+    table, guessed = report.agreement, report.interpolated_agreement
     blocks, meetings = report.blocks, report.meetings
-    return (
-        f"Latency table of '{report.experiment}' in {report.runtime}, {where(report.device)}\n"
-        f"{report.entries} entries in {report.cache}\n"
-        f"blocks: {blocks.measured} measured now, {blocks.reused} reused; meetings of two blocks: "
-        f"{meetings.measured} measured now, {meetings.reused} reused\n"
-    )
+    original = report.original
+    lines = [
+        f"Latency table of '{report.experiment}' in {report.runtime} on {where(report.device)}",
+        f"  blocks of layers:     {blocks.measured} measured, {blocks.reused} reused",
+        f"  meetings of blocks:   {meetings.measured} measured, {meetings.reused} reused",
+        f"  original network:     predicted {figures.milliseconds(original.predicted.latency_ms)}, "
+        f"measured {figures.milliseconds(original.measured.value)} ({_share(original.error)})",
+        f"  random plans:         {_agreement(table)}",
+        f"  from a quarter of it: {_agreement(guessed)}",
+        f"  kept in:              {report.cache} ({report.entries} entries)",
+    ]
+    lines += [f"  not measured: {text}" for text in report.failures[:_FAILURES]]
+    if len(report.failures) > _FAILURES:
+        lines.append(f"  and {len(report.failures) - _FAILURES} more could not be measured")
+    return Text("\n".join(lines) + "\n")
 
 
-def _layer_table(report: NetworkReport, count: int | None) -> Table:
-    rows = report.layers[:count]
-    variants = list(rows[0].latency_ms) if rows else []
-    title = "Layers, ms per run"
-    if len(rows) < len(report.layers):
-        title += f": the slowest {len(rows)} of {len(report.layers)}"
-    table = _table(title)
-    table.add_column("layer", overflow="fold")
-    table.add_column("channels", overflow="fold")
-    for name in variants:
-        table.add_column(name, justify="right")
-    for row in rows:
-        taken = row.latency_ms.values()
-        times = [figures.ABSENT if t is None else figures.number(t) for t in taken]
-        table.add_row(*map(Text, (row.layer, row.channels, *times)))
-    return table
-
-
-def _plan_table(report: NetworkReport, count: int | None) -> Table:
-    worst = sorted(report.plans, key=lambda plan: -abs(plan.error))[:count]
-    title = "Random plans, predicted against measured"
-    if len(worst) < len(report.plans):
-        title += f": the worst {len(worst)} of {len(report.plans)}"
-    table = _table(title)
-    table.add_column("plan")
-    for heading in ("predicted", "measured", "error", "blocks guessed"):
-        table.add_column(heading, justify="right")
-    for plan in worst:
-        mark = "" if plan.measured.trusted else "*"
-        table.add_row(
-            Text(plan.plan),
-            figures.milliseconds(plan.predicted.latency_ms),
-            figures.milliseconds(plan.measured.value) + mark,
-            f"{plan.error:+.1%}",
-            str(plan.predicted.interpolated),
-        )
-    return table
-
-
-def _sentences(report: NetworkReport, count: int | None) -> list[str]:
-    texts = [_agreement("The table", report.agreement)]
-    if report.interpolated_agreement.plans:
-        sparse = "With a quarter of the blocks measured and the rest guessed, it"
-        texts.append(_agreement(sparse, report.interpolated_agreement))
-    if any(not plan.measured.trusted for plan in report.plans):
-        texts.append("* untrusted: measured on a machine that was too busy.")
-    if report.misses:
-        texts.append(
-            "Fused entries, because the sum of single blocks misses by more than 10 %: "
-            + "; ".join(
-                f"{m.kind} at {m.tensor} ({m.apart_ms:.4f} ms apart, {m.together_ms:.4f} together)"
-                for m in report.misses[:count]
-            )
-        )
-    if report.slow_levels:
-        slow = len(report.slow_levels)
-        heading = f"{slow} levels do not pay; searches for latency leave them out"
-        texts.append("\n  ".join([f"{heading}:", *report.slow_levels[:count]]))
-        if count is not None and len(report.slow_levels) > count:
-            texts.append(f"  ... and {len(report.slow_levels) - count} more (--json has all)")
-    texts += [f"not measured: {failure}" for failure in _some(report.failures, count)]
-    return texts
-
-
-def _agreement(what: str, found: Agreement) -> str:
+def _agreement(found: Agreement) -> str:
     if not found.plans:
-        return f"{what} was not checked on any plan."
+        return "none was measured"
+    rank = figures.ABSENT if np.isnan(found.rank_correlation) else f"{found.rank_correlation:.3f}"
     return (
-        f"{what} is off by {found.mean_absolute_error:.1%} on average over {found.plans} random "
-        f"plans (at most {found.largest_error:.1%}); rank correlation {found.rank_correlation:.3f}."
+        f"{found.plans}, mean absolute error {100 * found.mean_absolute_error:.1f} %, "
+        f"largest {100 * found.largest_error:.1f} %, rank correlation {rank}"
     )
 
 
-def _some(texts: Sequence[str], count: int | None) -> Sequence[str]:
-    return texts[:count]
-
-
-def _table(title: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-    table.title = Text(title, style="bold")
-    table.title_justify = "left"
+def _plans_table(plans: Sequence[PlanLatency]) -> Table:
+    worst = sorted(plans, key=lambda plan: -abs(plan.error))[:_WORST_PLANS]
+    table = _table(
+        f"The {len(worst)} worst predictions",
+        ["plan"],
+        ["predicted", "measured", "error", "speed-up", "conversions", "blocks", "interpolated"],
+    )
+    for plan in worst:
+        predicted = plan.predicted
+        mark = "" if plan.measured.trusted else _UNTRUSTED
+        _add(
+            table,
+            plan.plan,
+            figures.milliseconds(predicted.latency_ms),
+            figures.milliseconds(plan.measured.value) + mark,
+            _share(plan.error),
+            f"{plan.speedup:.2f}x",
+            figures.milliseconds(predicted.meetings_ms),
+            str(predicted.measured + predicted.interpolated),
+            str(predicted.interpolated),
+        )
+    if any(not plan.measured.trusted for plan in worst):
+        _caption(table, f"{_UNTRUSTED} untrusted: the machine was too busy, or time ran out")
     return table
+
+
+def _layers_table(report: NetworkReport) -> Table:
+    rows = report.layers[:_SLOWEST_LAYERS]
+    names = list(rows[0].latency_ms) if rows else []
+    table = _table(
+        f"The {len(rows)} slowest of {len(report.layers)} layers, unpruned, in ms",
+        ["layer", "channels"],
+        names,
+    )
+    for row in rows:
+        _add(table, row.layer, row.channels, *(_time(row.latency_ms[name]) for name in names))
+    return table
+
+
+def _groups_table(report: NetworkReport) -> Table:
+    names = list(report.groups[0].latency_ms)
+    table = _table(
+        "Blocks that a channel group runs through, all else unpruned, in ms",
+        ["channel group"],
+        ["channels", *names],
+    )
+    for i, row in enumerate(report.groups):
+        new = i == 0 or report.groups[i - 1].group != row.group
+        if new and i:
+            table.add_section()
+        times = (_time(row.latency_ms[name]) for name in names)
+        _add(table, row.group if new else "", str(row.kept), *times)
+    return table
+
+
+def _misses_table(report: NetworkReport) -> Table:
+    rows = report.misses[:_WORST_MISSES]
+    table = _table(
+        f"Blocks that take more or less together than alone: {len(rows)} of {len(report.misses)} "
+        "by more than 10 %, in ms",
+        ["blocks", "tensor"],
+        ["alone", "together"],
+    )
+    for row in rows:
+        _add(table, row.kind, row.tensor, _time(row.apart_ms), _time(row.together_ms))
+    _caption(table, "Runtimes convert layouts between such blocks, or fuse them; predictions know.")
+    return table
+
+
+def _slow_levels(reasons: Sequence[str]) -> Text:
+    if not reasons:
+        return Text("Every level of the search space saves time.\n")
+    lines = ["Levels that save no time; a search for latency leaves them out:"]
+    return Text("\n".join([*lines, *(f"  {reason}" for reason in reasons)]) + "\n")
+
+
+def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(
+        title=Text(title, style="bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in texts:
+        table.add_column(Text(heading), overflow="fold", max_width=_WIDTH // 2)
+    for heading in numbers:
+        table.add_column(Text(heading), justify="right", no_wrap=True)
+    return table
+
+
+def _add(table: Table, *cells: str) -> None:
+    # Names are never read as markup.
+    table.add_row(*(Text(cell) for cell in cells))
+
+
+def _caption(table: Table, text: str) -> None:
+    table.caption = Text(text, style="dim")
+    table.caption_justify = "left"
+
+
+def _time(value: float | None) -> str:
+    return figures.ABSENT if value is None else f"{value:.4f}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:+.1f} %"
