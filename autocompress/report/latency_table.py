@@ -12,25 +12,23 @@ from rich.text import Text
 
 from autocompress.report import figures
 from autocompress.report.device import where
+from autocompress.search.levels import GroupRow
 from autocompress.search.network_report import Agreement, NetworkReport, PlanLatency
 
 _WORST_PLANS, _SLOWEST_LAYERS, _WORST_MISSES, _FAILURES = 8, 12, 8, 5
-_UNTRUSTED = "*"
+_UNTRUSTED, _NO_FASTER = "*", "="
+# A level that takes more of the time before is marked.
+_FASTER = 0.99
 _WIDTH = 100
 
 
 def network_parts(report: NetworkReport) -> list[RenderableType]:
     """Everything that there is to show, in order; no part is wider than 100 columns."""
-    parts: list[RenderableType] = [_summary(report)]
-    if report.plans:
-        parts.append(_plans_table(report.plans))
-    parts.append(_layers_table(report))
-    if report.groups:
-        parts.append(_groups_table(report))
-    if report.misses:
-        parts.append(_misses_table(report))
-    parts.append(_slow_levels(report.slow_levels))
-    return parts
+    tables = [_layers_table(report)]
+    tables += [_groups_table(report)] if report.groups else []
+    tables += [_misses_table(report)] if report.misses else []
+    tables += [_plans_table(report.plans)] if report.plans else []
+    return [_summary(report), *tables, _slow_levels(report.slow_levels)]
 
 
 def _summary(report: NetworkReport) -> Text:
@@ -80,7 +78,7 @@ def _plans_table(plans: Sequence[PlanLatency]) -> Table:
             figures.milliseconds(plan.measured.value) + mark,
             _share(plan.error),
             f"{plan.speedup:.2f}x",
-            figures.milliseconds(predicted.meetings_ms),
+            f"{_time(predicted.meetings_ms)} ms",
             str(predicted.measured + predicted.interpolated),
             str(predicted.interpolated),
         )
@@ -105,30 +103,41 @@ def _layers_table(report: NetworkReport) -> Table:
 def _groups_table(report: NetworkReport) -> Table:
     names = list(report.groups[0].latency_ms)
     table = _table(
-        "Blocks that a channel group runs through, all else unpruned, in ms",
+        "All blocks that a channel group runs through, the rest unpruned, in ms",
         ["channel group"],
         ["channels", *names],
     )
-    for i, row in enumerate(report.groups):
-        new = i == 0 or report.groups[i - 1].group != row.group
-        if new and i:
+    milder: GroupRow | None = None
+    for row in report.groups:
+        new = milder is None or milder.group != row.group
+        if milder is not None and new:
             table.add_section()
-        times = (_time(row.latency_ms[name]) for name in names)
+        before = None if new else milder
+        times = [_level_time(row, before, name) for name in names]
         _add(table, row.group if new else "", str(row.kept), *times)
+        milder = row
+    _caption(table, f"{_NO_FASTER} no faster than the next milder level")
     return table
+
+
+def _level_time(row: GroupRow, milder: GroupRow | None, name: str) -> str:
+    value = row.latency_ms[name]
+    before = None if milder is None else milder.latency_ms[name]
+    slow = value is not None and before is not None and value > _FASTER * before
+    return _time(value) + (_NO_FASTER if slow else " ")
 
 
 def _misses_table(report: NetworkReport) -> Table:
     rows = report.misses[:_WORST_MISSES]
     table = _table(
-        f"Blocks that take more or less together than alone: {len(rows)} of {len(report.misses)} "
-        "by more than 10 %, in ms",
+        f"Fused entries, where the sum of two blocks misses by over 10 %, in ms: {len(rows)} of "
+        f"{len(report.misses)}",
         ["blocks", "tensor"],
         ["alone", "together"],
     )
     for row in rows:
         _add(table, row.kind, row.tensor, _time(row.apart_ms), _time(row.together_ms))
-    _caption(table, "Runtimes convert layouts between such blocks, or fuse them; predictions know.")
+    _caption(table, "runtimes convert layouts between such blocks, or fuse them; predictions know")
     return table
 
 
@@ -143,6 +152,8 @@ def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
     table = Table(
         title=Text(title, style="bold"),
         title_justify="left",
+        # A table narrower than its title would break it.
+        min_width=min(len(title), _WIDTH),
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         show_edge=False,

@@ -18,6 +18,7 @@ from autocompress.measure.table.cut import Cut, cut_file
 from autocompress.measure.table.families import traits_of
 from autocompress.measure.table.store import Entry, Store, cache_path
 from autocompress.measure.table.survey import (
+    SURPRISING_MISS,
     Fill,
     fill_blocks,
     fill_overheads,
@@ -39,8 +40,6 @@ from autocompress.search.thin import thin_space
 from autocompress.search.variants import find_variants
 
 _ORIGINAL = "original"
-# Sums of two blocks that miss by more are listed.
-_LARGEST_MISS = 0.10
 _KNOWN_SHARE = 0.25
 
 
@@ -208,9 +207,9 @@ class _Profiling:
 
 
 def _misses(table: Table, cuts: Sequence[Cut]) -> tuple[Miss, ...]:
-    """Meetings in some models whose sums miss by more than `_LARGEST_MISS`, the worst first."""
+    """Meetings in some models whose sums miss by more than `SURPRISING_MISS`, the worst first."""
     wanted = {pair.meeting.key for pair in wanted_pairs(cuts, table)}
-    found = [e for e in table.meetings() if e.key in wanted and e.miss > _LARGEST_MISS]
+    found = [e for e in table.meetings() if e.key in wanted and e.miss > SURPRISING_MISS]
     found = [e for e in found if abs(e.latency_ms) > e.noise_ms]
     return tuple(
         Miss(e.meeting.kind, e.meeting.tensor.text, e.apart_ms, e.apart_ms + e.latency_ms)

@@ -96,7 +96,7 @@ def _slow_prunings(
             milder = kept
             continue
         texts = ", ".join(
-            f"{v.name} {old.latency_ms:.3f} -> {new.latency_ms:.3f} ms"
+            f"{v.name} {old.latency_ms:.4f} -> {new.latency_ms:.4f} ms"
             for v, (old, new) in zip(variants, known, strict=True)
         )
         reasons[kept] = f"{group.name} {milder} -> {kept} channels: {texts}, no faster"
@@ -125,8 +125,8 @@ def _slow_precisions(
             milder = variant
             continue
         dropped[variant.precision] = (
-            f"{layer} at {variant.name}: {milder.name} {old.latency_ms:.3f} ms -> "
-            f"{new.latency_ms:.3f} ms, no faster"
+            f"{layer} at {variant.name}: {milder.name} {old.latency_ms:.4f} ms -> "
+            f"{new.latency_ms:.4f} ms, no faster"
         )
     return dropped
 

@@ -68,7 +68,7 @@ def with_channels(block: Block, channels: Channels) -> Block:
         MeasurementError: the block cannot have so many.
     """
     found = channels_of(block)
-    if found is None or min(channels.inputs, channels.outputs) < 1:
+    if found is None or not _possible(block, found, channels):
         raise _refusal(block, channels)
     changed = _with(block, found, channels)
     model = finished_model(
@@ -88,6 +88,16 @@ def with_channels(block: Block, channels: Channels) -> Block:
     ):
         raise _refusal(block, channels)
     return changed
+
+
+def _possible(block: Block, old: Channels, new: Channels) -> bool:
+    if min(new.inputs, new.outputs) < 1:
+        return False
+    groups = _groups(block.lead)
+    if _weight(block) is None or groups == old.inputs > 1:
+        # Every channel is on its own.
+        return new.outputs * old.inputs == new.inputs * old.outputs
+    return new.inputs % groups == new.outputs % groups == 0
 
 
 def _refusal(block: Block, channels: Channels) -> MeasurementError:
@@ -195,13 +205,18 @@ class _Swap:
         if name == self._weight and self._out_axis is not None:
             shape, axis = constant.type.shape, self._out_axis
             shape = _put(shape, axis, self._old.outputs, self._new.outputs)
-            if _groups(self._lead) == 1:
-                shape = _put(shape, 1 - axis, self._old.inputs, self._new.inputs)
+            groups = _groups(self._lead)
+            if groups == 1 or groups != self._old.inputs:
+                old, new = self._old.inputs // groups, self._new.inputs // groups
+                shape = _put(shape, 1 - axis, old, new)
             return replace(constant, type=replace(constant.type, shape=shape))
         if name in self._shapes and constant.values is not None:
             old, new = self._old.outputs, self._new.outputs
             values = tuple(_scaled(int(v), old, new) for v in constant.values)
             return replace(constant, values=values)
+        if constant.type.element == onnx.TensorProto.INT64:
+            # Axes and the like: as many as there are, whatever the channels.
+            return constant
         return replace(constant, type=self.tensor(name, constant.type))
 
     def node(self, node: BlockNode) -> BlockNode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +20,7 @@ def chain(
     """A chain of padded convolutions, each with a bias and a Relu."""
     draw = np.random.default_rng(seed).standard_normal
     nodes, weights, value = [], [], f"{prefix}x"
-    for place, (c_in, c_out) in enumerate(zip(channels, channels[1:], strict=False)):
+    for place, (c_in, c_out) in enumerate(itertools.pairwise(channels)):
         name, made = f"{prefix}layer{place}", f"{prefix}y{place}"
         scale = np.float32((c_in * kernel**2) ** -0.5)
         shape = (c_out, c_in, kernel, kernel)

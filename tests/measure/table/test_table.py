@@ -88,7 +88,7 @@ def test_a_real_network_is_measured_once_and_predicted(tmp_path) -> None:
         fill_overheads(store, timer, [cut])
         done: list[int] = []
         filled = fill_blocks(store, timer, cut.blocks, lambda: done.append(1))
-        assert filled.failures == () and filled.measured == len(set(b.key for b in cut.blocks))
+        assert filled.failures == () and filled.measured == len({b.key for b in cut.blocks})
         again = fill_blocks(store, timer, cut.blocks, lambda: done.append(1))
     assert again.measured == 0 and again.reused == filled.measured
     table = Table(store.entries().values())
