@@ -69,14 +69,14 @@ def wanted_pairs(cuts: Sequence[Cut], table: Table) -> tuple[Pair, ...]:
     for cut in cuts:
         for edge in distinct_edges(cut).values():
             producer, consumer = cut.blocks[edge.producer], cut.blocks[edge.consumer]
-            known = (table.lookup(producer), table.lookup(consumer))
-            if known[0] is None or known[1] is None:
+            first, second = table.lookup(producer), table.lookup(consumer)
+            if first is None or second is None:
                 continue
             meeting = meeting_of(cut, edge)
             best = found.get(meeting.key)
-            if best is None or known[0].latency_ms + known[1].latency_ms < best.apart_ms:
+            if best is None or first.latency_ms + second.latency_ms < best.apart_ms:
                 joint = join(producer, edge.output, consumer, edge.input)
-                found[meeting.key] = Pair(meeting, joint, *known)
+                found[meeting.key] = Pair(meeting, joint, first, second)
     return tuple(found.values())
 
 
