@@ -57,6 +57,10 @@ class Agreement:
     largest_error: float
     rank_correlation: float
 
+    def to_dict(self) -> dict[str, float | None]:
+        """Plain values, ready for JSON; what is not known is None."""
+        return {key: None if np.isnan(value) else value for key, value in asdict(self).items()}
+
 
 @final
 @dataclass(frozen=True)
@@ -118,8 +122,8 @@ class NetworkReport:
             **asdict(self),
             "device": self.device.model_dump(mode="json"),
             "cache": str(self.cache),
-            "agreement": asdict(self.agreement),
-            "interpolated_agreement": asdict(self.interpolated_agreement),
+            "agreement": self.agreement.to_dict(),
+            "interpolated_agreement": self.interpolated_agreement.to_dict(),
         }
 
 

@@ -77,7 +77,8 @@ def profile_network(
 def _prepare(profile: DeviceProfile, experiment: Path, progress: Progress) -> Prepared:
     """Load the experiment for a device; solved variants are kept beside the table."""
     folder = cache_path("").parent / "networks" / experiment.stem
-    prepared = prepare(experiment, Options(run=folder), progress)
+    # Nothing is searched: a limit is given for experiments that have none.
+    prepared = prepare(experiment, Options(run=folder, trials=1), progress)
     space = build_space(prepared.graph, prepared.identity.space, profile)
     return replace(prepared, profile=profile, space=space)
 

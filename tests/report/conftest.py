@@ -7,27 +7,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from report_device import DEVICE
 
-from autocompress.device import Fingerprint, RuntimeFacts
 from autocompress.report.columns import COLUMNS
 
 NAN = float("nan")
-DEVICE = Fingerprint(
-    profile="cpu",
-    kind="cpu",
-    cpu_model="Test CPU",
-    instruction_sets=("avx2",),
-    accelerator="",
-    threads=1,
-    batch_size=1,
-    runtimes=(
-        RuntimeFacts(
-            name="onnxruntime",
-            version="1.32.0",
-            settings={"name": "onnxruntime", "graph_optimization": "all"},
-        ),
-    ),
-)
 
 
 def row(candidate: str, role: str = "candidate", **changed: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import DEVICE
+from report_device import DEVICE
 from rich.console import Console
 
 from autocompress.measure.measurement import Measurement

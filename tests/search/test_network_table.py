@@ -278,6 +278,7 @@ def test_agreement_in_closed_form() -> None:
     assert found.rank_correlation == pytest.approx(1.0)
     assert math.isnan(agreement([]).mean_absolute_error)
     assert math.isnan(agreement([(1.0, 1.0)]).rank_correlation)
+    assert agreement([]).to_dict()["rank_correlation"] is None
 
 
 def test_a_network_is_profiled_and_checked(tiny_experiment, tmp_path, monkeypatch) -> None:
