@@ -32,6 +32,7 @@ _WARM_CHUNK_S = 0.01
 _WARM_CHUNKS = 3
 _WARM_TOLERANCE = 0.02
 _WARM_LIMIT_S = 1.0
+_WARM_SHARE = 0.05
 
 
 @final
@@ -120,7 +121,7 @@ def sample_pairs(
     gc.disable()
     try:
         start = time.monotonic()
-        pair, loading_s, loads = _Pair(baseline, candidate, inputs, stopping.seed), 0.0, 0
+        pair, loading_s, loads = _Pair(baseline, candidate, inputs, stopping), 0.0, 0
         while True:
             if loading_s <= _LOADING_SHARE * (time.monotonic() - start):
                 begin = time.monotonic()
@@ -145,10 +146,13 @@ def sample_pairs(
 class _Pair:
     """Two models that are run in turn."""
 
-    def __init__(self, baseline: Load, candidate: Load, inputs: Sequence[Array], seed: int) -> None:
+    def __init__(
+        self, baseline: Load, candidate: Load, inputs: Sequence[Array], stopping: Stopping
+    ) -> None:
         self._loads = (baseline, candidate)
         self._inputs = inputs
-        self._generator = np.random.default_rng(seed)
+        self._generator = np.random.default_rng(stopping.seed)
+        self._warm_limit_s = min(_WARM_LIMIT_S, _WARM_SHARE * stopping.time_limit_s)
         self._taken: list[Array] = []
         self._sessions: tuple[Session, ...] = ()
         self._runs: tuple[int, ...] = ()
@@ -159,7 +163,7 @@ class _Pair:
         self._sessions = ()
         self._taken = _take_memory(self._generator)
         self._sessions = tuple(load() for load in self._loads)
-        seconds = [warm_up(s, self._inputs) for s in self._sessions]
+        seconds = [warm_up(s, self._inputs, self._warm_limit_s) for s in self._sessions]
         self._runs = tuple(math.ceil(_BLOCK_S / s) for s in seconds)
 
     def round(self, seconds: float) -> tuple[list[float], list[float]]:
@@ -183,14 +187,14 @@ def _take_memory(generator: np.random.Generator) -> list[Array]:
     return [np.ones(int(size), dtype=np.uint8) for size in sizes]
 
 
-def warm_up(session: Session, inputs: Sequence[Array]) -> float:
-    """Run until the fastest run of a chunk stays within 2 % for three chunks, or for a second.
+def warm_up(session: Session, inputs: Sequence[Array], limit_s: float = _WARM_LIMIT_S) -> float:
+    """Run until the fastest run of a chunk stays within 2 % for three chunks, or for `limit_s`.
 
     Returns:
         Seconds that one run takes then.
     """
     chunks: list[float] = []
-    end = time.perf_counter() + _WARM_LIMIT_S
+    end = time.perf_counter() + limit_s
     while True:
         chunks.append(_fastest(session, inputs))
         last = chunks[-_WARM_CHUNKS:]

@@ -77,12 +77,14 @@ def test_the_energy_counter(standin: Path, device_profile) -> None:
     assert paired.baseline_c == 40 and "process" not in paired.reason
 
 
+@pytest.mark.slow
 def test_the_power_reading_where_there_is_no_counter(standin: Path, device_profile) -> None:
     paired, answer = spin(standin, device_profile(kind="cuda"), {"STANDIN_NO_COUNTER": "1"})
     assert answer["facts"]["reads"] == "power"
     assert_true(paired, answer["truth_mj"])
 
 
+@pytest.mark.slow
 def test_a_sensor_that_sees_a_quarter_of_the_time(standin: Path, device_profile) -> None:
     settings = {"STANDIN_SENSES": "0.25", "STANDIN_STRANGERS": "2", "STANDIN_WARMING": "20"}
     paired, answer = spin(standin, device_profile(kind="cuda"), settings)
