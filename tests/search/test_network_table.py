@@ -284,6 +284,7 @@ def test_agreement_in_closed_form() -> None:
 def test_a_network_is_profiled_and_checked(tiny_experiment, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(timing, "_TIME_LIMIT_S", 0.03)
+    monkeypatch.setattr(timing, "_FEWEST_ROUNDS", 1)
     experiment = tiny_experiment(search_space="quantize_only")
     profile = load_profile(str(tmp_path / "quick.yaml"))
     report = profile_network(profile, experiment, plans=1)
