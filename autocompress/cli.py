@@ -359,7 +359,11 @@ def main() -> None:
     """Run the command line and exit."""
     debug = "--debug" in sys.argv
     try:
-        app(args=_hoist_debug(sys.argv[1:]), standalone_mode=False)
+        code = app(args=_hoist_debug(sys.argv[1:]), standalone_mode=False)
+        # Newer versions of Typer turn an interrupt into a returned exit code.
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code)
     except AutocompressError as error:
         if debug:
             raise

@@ -20,6 +20,7 @@ import yaml
 from tiny_workload import QUICK_PROFILE
 
 import autocompress
+from autocompress import cli
 from autocompress.cli import main
 from autocompress.workload import load_workload, network_outputs
 
@@ -154,6 +155,7 @@ def test_a_damaged_container_is_refused_and_leaves_nothing(finished, call, tmp_p
     assert not (tmp_path / "again.onnx").exists()
 
 
+@pytest.mark.slow
 def test_download_bytes_are_an_objective(call, tiny_experiment, tmp_path):
     path = tiny_experiment(search_space="download", objectives=["metric", "download_bytes"])
     result = call("search", path, "--run", tmp_path / "run")
@@ -237,6 +239,15 @@ def test_bad_experiments_are_exit_code_2_and_leave_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_interrupt_is_exit_code_130_and_says_how_to_go_on(monkeypatch, capsys):
+    # What newer versions of Typer return for an interrupt.
+    monkeypatch.setattr(cli, "app", lambda **_: 130)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130
+    assert "goes on from here" in capsys.readouterr().err
+
+
 def test_a_runtime_that_is_not_installed_is_refused(call, tiny_experiment, tmp_path):
     path = tiny_experiment(profile={"runtimes": [{"name": "tensorrt"}]})
     result = call("search", path, "--run", tmp_path / "run")
@@ -266,6 +277,7 @@ def test_options_are_checked_like_the_file(call, tiny_experiment):
     refused(call("search", tiny_experiment(), "--trials", "0"), "trials")
 
 
+@pytest.mark.slow
 def test_the_shortest_time_still_gives_a_front(call, tiny_experiment, tmp_path):
     result = call("search", tiny_experiment(), "--time", "1s", "--run", tmp_path / "run")
     assert result.returncode == 0, result.stderr

@@ -80,7 +80,8 @@ def metric(value: float, *, share: bool) -> str:
         return ABSENT
     if share:
         return f"{100 * value:.2f} %"
-    return f"{value:.4g}" if 0.001 <= abs(value) < 9999.5 else number(value)
+    text = f"{value:.4g}"
+    return text if 0.001 <= abs(value) < 9999.5 and len(text) <= 8 else number(value)
 
 
 def is_share(frame: pd.DataFrame) -> bool:

@@ -145,6 +145,7 @@ def test_a_worker_measures_through_ssh_as_it_does_here(
     assert pi.sent() == len(pi.files()) == 4
 
 
+@pytest.mark.slow
 def test_memory_is_measured_through_ssh(
     pi: Pi, profile: DeviceProfile, models: Models, split: list[np.ndarray]
 ) -> None:
@@ -153,6 +154,7 @@ def test_memory_is_measured_through_ssh(
     assert found.resident_bytes > 16 * 4096 * 2 * 4
 
 
+@pytest.mark.slow
 def test_predict_leaves_only_what_was_put(
     pi: Pi, worker: Worker, models: Models, split: list[np.ndarray]
 ) -> None:
@@ -238,6 +240,7 @@ def test_a_result_comes_back_whole_and_leaves_nothing(
     assert set(tmp_path.iterdir()) == before - {target}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cut", "closed"])
 def test_the_child_ends_with_the_connection(
     pi: Pi, worker: Worker, models: Models, split: list[np.ndarray], how: str
@@ -256,6 +259,7 @@ def test_the_child_ends_with_the_connection(
         assert gone(child)
 
 
+@pytest.mark.slow
 def test_a_bad_model_is_a_failed_measurement(
     pi: Pi, worker: Worker, models: Models, split: list[np.ndarray]
 ) -> None:
@@ -328,6 +332,7 @@ def test_a_shell_that_talks_is_refused(pi: Pi, profile: DeviceProfile, tmp_path:
     assert "Welcome!" in str(caught.value.given)
 
 
+@pytest.mark.slow
 def test_what_the_host_lacks_is_said_of_the_host(
     pi: Pi, lacking_profile: DeviceProfile, tmp_path: Path
 ) -> None:
