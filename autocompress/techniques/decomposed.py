@@ -40,7 +40,9 @@ def fits(layer: Layer, kind: Kind) -> bool:
 
 
 def kept_rank(full: int, rank_ratio: float, multiple: int) -> int:
-    """The rank that a ratio stands for: the nearest multiple, at least one and at most the full."""
+    """The rank that a ratio stands for: the nearest multiple, at least one; the full rank at 1."""
+    if rank_ratio >= 1:
+        return full
     step = min(multiple, full)
     return max(step, min(full, round(rank_ratio * full / step) * step))
 

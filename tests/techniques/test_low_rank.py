@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from networks import bank_of, graph_of, make_device
 from problems import (
@@ -411,6 +411,7 @@ def test_choices_go_from_the_dearest_to_the_cheapest() -> None:
 
 
 @given(st.sampled_from(KINDS), st.floats(0.01, 1), st.integers(1, 16), seeds)
+@example("tucker", 1.0, 2, 1)
 def test_ranks_are_possible(kind: str, ratio: float, multiple: int, seed: int) -> None:
     out, channels, height, width = np.random.default_rng(seed).integers(2, (40, 40, 6, 6)).tolist()
     layer = Layer("layer", "conv", channels, out, (height, width), 1, 1, 1)
