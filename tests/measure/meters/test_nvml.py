@@ -98,6 +98,7 @@ def test_a_sensor_that_sees_a_quarter_of_the_time(standin: Path, device_profile)
     assert "a hot device draws more" in paired.reason
 
 
+@pytest.mark.slow
 def test_the_report_of_a_meter(standin: Path, device_profile) -> None:
     chosen = device_profile(energy={"meter": "nvml"}).model_dump_json()
     answer = run_under(standin, {}, "-c", REPORT, chosen)
