@@ -25,6 +25,8 @@ from autocompress.measure.session import Array, NodeTime
 
 Inputs = Sequence[Array] | Path
 _MODULE = "autocompress.measure.worker"
+# A final measurement takes this share of its time limit at least.
+_FINAL_SHARE = 1 / 3
 
 
 @final
@@ -168,7 +170,12 @@ class Worker:
         limits = self._profile.measuring
         target = limits.final_target_half_width if final else limits.target_half_width
         time_limit_s = limits.final_time_limit_s if final else limits.time_limit_s
-        stopping = {"target_half_width": target, "time_limit_s": time_limit_s, "seed": seed}
+        stopping = {
+            "target_half_width": target,
+            "time_limit_s": time_limit_s,
+            "seed": seed,
+            "least_s": time_limit_s * _FINAL_SHARE if final else 0.0,
+        }
         request = {
             "operation": "compare",
             "baseline": self._named(baseline),

@@ -38,11 +38,17 @@ _WARM_SHARE = 0.05
 @final
 @dataclass(frozen=True)
 class Stopping:
-    """When sampling ends: at `target_half_width` (a share of the ratio) or at `time_limit_s`."""
+    """When sampling ends: at `target_half_width` (a share of the ratio) or at `time_limit_s`.
+
+    Attributes:
+        least_s: sampling goes on for so long though the target is met: the machine's state changes
+            over seconds, and a short look at it may agree with itself by luck.
+    """
 
     target_half_width: float
     time_limit_s: float
     seed: int
+    least_s: float = 0.0
 
 
 @final
@@ -133,7 +139,9 @@ def sample_pairs(
                 rounds[side].append(runs)
             clock = clock_mhz(cores)
             clocks += [] if clock is None else [clock]
-            if _enough(rounds, stopping) or time.monotonic() - start >= stopping.time_limit_s:
+            spent_s = time.monotonic() - start
+            enough = spent_s >= stopping.least_s and _enough(rounds, stopping)
+            if enough or spent_s >= stopping.time_limit_s:
                 break
         elapsed_s = time.monotonic() - start
     finally:

@@ -104,3 +104,9 @@ def test_clocks_generators_and_core_time() -> None:
     while time.monotonic() < end:
         pass
     assert 0 <= watch.share_of_others() <= 1
+
+
+def test_sampling_goes_on_for_the_least_time_though_the_target_is_met() -> None:
+    stopping = Stopping(target_half_width=0.99, time_limit_s=5, seed=0, least_s=0.9)
+    samples = sample_pairs(sleeper(0.001), sleeper(0.001), INPUTS, stopping, CORES)
+    assert 0.9 <= samples.elapsed_s < 5
