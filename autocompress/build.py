@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import Any, final
 
 import onnx
-from safetensors.torch import load_file, save
 from torch import nn
 
 from autocompress.bank import Bank, Stitched, apply_stage, stitch
@@ -23,29 +20,18 @@ from autocompress.errors import PlanError
 from autocompress.export import Exporter, FloatModel, StockOptions, quantize, stock_quantize
 from autocompress.export.coding import CODED_SUFFIX, encode_file
 from autocompress.files import write_whole
-from autocompress.plan import Plan, Step
-from autocompress.recover import (
-    BatchNormRepair,
-    RecoveryContext,
-    gradual,
-    recover_network,
-    restore,
-    tensors_of,
-    train_quantized,
-    training_identity,
-    tune_codebooks,
-)
+from autocompress.plan import Plan
+from autocompress.recover import BatchNormRepair, Trainer, Watch, recovery_of
 from autocompress.techniques import LayerTechnique, Stage, consistent, technique_of
-from autocompress.techniques.codebook_tuning import TuneCodebooks
 from autocompress.techniques.equalize import Equalize, equalize
-from autocompress.techniques.qat import Qat
-from autocompress.techniques.recovery import Recover
 from autocompress.techniques.stock import StockQuantizer
-from autocompress.techniques.weight_prune import WeightPrune, eased
-from autocompress.workload import Split, Workload
+from autocompress.workload import Workload
 
 _RANGE_SAMPLES = 64
 _STOCK_SAMPLES = 256
+_TRAINING = (Stage.RECOVER, Stage.RETRAIN)
+# Never stops.
+_UNWATCHED = Watch()
 
 
 @final
@@ -87,19 +73,30 @@ class Builder:
         self._calibration = workload.calibration.inputs
         self._repair = BatchNormRepair(bank.network, self._calibration, settings.repair_samples)
         self._artifacts = folder / "artifacts"
-        self._recovered = folder / "recovered"
+        self._trainer = Trainer(bank, self._repair, workload, folder / "recovered")
         self._artifacts.mkdir(parents=True, exist_ok=True)
 
     def path(self, name: str) -> Path:
         """Where a candidate's file is."""
         return self._artifacts / f"{name}.onnx"
 
-    def build(self, name: str, plan: Plan) -> Artifact:
+    def build(
+        self,
+        name: str,
+        plan: Plan,
+        watch: Watch = _UNWATCHED,
+        network: nn.Module | None = None,
+    ) -> Artifact:
         """Make a candidate's file.
+
+        Args:
+            watch: follows the plan's trainings, and may stop them.
+            network: what `network` gave for the plan; None to make it.
 
         Raises:
             PlanError: the plan does not fit the network.
             ExportError: the file is invalid or does not compute what the network computes.
+            OutOfTimeError: `watch.stop` said so; a later call goes on from there.
         """
         if consistent(plan) != plan:
             raise PlanError(
@@ -108,7 +105,7 @@ class Builder:
                 advice="quantize either the whole network or single layers; train what there is",
             )
         clock = Stopwatch()
-        network = self.network(plan, clock)
+        network = network or self.network(plan, clock, watch)
         with clock.step("export"):
             floating = self._exporter.export(network)
         with clock.step("quantize"):
@@ -117,7 +114,7 @@ class Builder:
             # A container of an earlier file of that name would be taken for this one's.
             self.path(name).with_suffix(CODED_SUFFIX).unlink(missing_ok=True)
             write_whole(self.path(name), model.SerializeToString())
-        self._forget_checkpoints(plan)
+        self._trainer.forget_checkpoints(plan)
         details = {
             "parity": floating.parity,
             "layers": dict(labels),
@@ -145,9 +142,9 @@ class Builder:
             encode_file(model, target)
         return target.stat().st_size
 
-    def network(self, plan: Plan, clock: Stopwatch) -> nn.Module:
+    def network(self, plan: Plan, clock: Stopwatch, watch: Watch = _UNWATCHED) -> nn.Module:
         """The candidate's network: quantized weights, batch norms still apart."""
-        stitched = self._trained(plan, clock)
+        stitched = self._trained(plan, clock, watch)
         network = stitched.network
         for decision in plan.of(Equalize.technique).values():
             assert isinstance(decision, Equalize)
@@ -158,84 +155,33 @@ class Builder:
         if any(technique_of(s.decision).stage is Stage.QUANTIZE for s in plan.steps):
             with clock.step("repair_rounded"):
                 self._repair(network, stitched.kept_channels)
-        self._retrain(network, plan, clock)
+        self._trainer.retrain(network, plan, clock.step, watch)
         return network
 
-    def _trained(self, plan: Plan, clock: Stopwatch) -> Stitched:
+    def training_seconds(self, plan: Plan) -> float | None:
+        """An estimate of how long the trainings of a plan will take (see `Trainer.seconds`).
+
+        0 where there is nothing to train, or it is on disk; None before any training.
+
+        Raises:
+            PlanError: the plan does not fit the network, or there is no train split.
+        """
+        shape = _until(plan, Stage.RECOVER)
+        if not any(technique_of(s.decision).stage in _TRAINING for s in plan.steps):
+            return 0.0
+        return self._trainer.seconds(stitch(self._bank, shape).network, plan)
+
+    def _trained(self, plan: Plan, clock: Stopwatch, watch: Watch) -> Stitched:
         """The float network, trained if the plan says so; what was trained before is read."""
         shape = _until(plan, Stage.RECOVER)
-        recoveries = [d for d in shape.of(Recover.technique).values() if isinstance(d, Recover)]
-        trains = bool(recoveries) and recoveries[0].epochs > 0
         with clock.step("stitch"):
             stitched = stitch(self._bank, shape)
-        kept = self._kept_file(stitched.network, shape) if trains else Path()
-        if trains and kept.is_file():
-            # Masks too: pruning in rounds leaves others than pruning at once.
-            restore(load_file(kept), stitched.network)
-            return stitched
-        if shape.steps and (trains or _reads_norms(plan)):
+        if recovery_of(shape) is not None:
+            self._trainer.recover(stitched, shape, clock.step, watch)
+        elif shape.steps and _reads_norms(plan):
             with clock.step("repair"):
                 self._repair(stitched.network, stitched.kept_channels)
-        if trains:
-            with clock.step("recover"):
-                stitched = self._recover(stitched, shape, recoveries[0])
-            state = {k: v.contiguous() for k, v in tensors_of(stitched.network).items()}
-            write_whole(kept, save(state))
-            self._forget_checkpoints(shape)
         return stitched
-
-    def _recover(self, stitched: Stitched, plan: Plan, decision: Recover) -> Stitched:
-        """Train in place, or prune and train in rounds where the plan removes single weights."""
-        sparse = plan.of(WeightPrune.technique)
-        if decision.pruning_rounds == 1 or not sparse:
-            self._recover_once(stitched.network, decision, plan.hash)
-            return stitched
-        dense = stitch(self._bank, _without(plan, WeightPrune.technique))
-        self._repair(dense.network, dense.kept_channels)
-
-        def prune(network: nn.Module, share: float) -> None:
-            steps = tuple(
-                Step(target, eased(d, share))
-                for target, d in sparse.items()
-                if isinstance(d, WeightPrune)
-            )
-            apply_stage(self._bank, dense, Plan(steps), Stage.SPARSIFY)
-
-        def train(network: nn.Module, number: int) -> None:
-            part = decision.model_copy(update={"epochs": decision.epochs / decision.pruning_rounds})
-            self._recover_once(network, part, f"{plan.hash}-{number}")
-
-        gradual(dense.network, prune, decision.pruning_rounds, train)
-        return dense
-
-    def _recover_once(self, network: nn.Module, decision: Recover, name: str) -> None:
-        recover_network(network, self._bank.network, self._train, decision, self._context(name))
-
-    def _kept_file(self, network: nn.Module, plan: Plan) -> Path:
-        """Where the result of training a network from its present state is kept."""
-        identity = training_identity((network, self._bank.network), self._train, plan.hash)
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-        return self._recovered / f"{plan.hash}-{digest}.safetensors"
-
-    def _forget_checkpoints(self, plan: Plan) -> None:
-        for checkpoint in self._recovered.glob(f"{plan.hash}*.checkpoint"):
-            shutil.rmtree(checkpoint)
-
-    def _retrain(self, network: nn.Module, plan: Plan, clock: Stopwatch) -> None:
-        for step in plan.steps:
-            decision = step.decision
-            if isinstance(decision, Qat) and decision.epochs > 0:
-                with clock.step("qat"):
-                    train_quantized(
-                        network, self._bank.network, self._train, decision,
-                        self._context(plan.hash), self._calibration,
-                    )  # fmt: skip
-            if isinstance(decision, TuneCodebooks) and decision.epochs > 0:
-                with clock.step("tune_codebooks"):
-                    tune_codebooks(
-                        network, self._bank.network, self._train, decision,
-                        self._context(plan.hash),
-                    )  # fmt: skip
 
     def _quantized(
         self, floating: FloatModel, plan: Plan
@@ -258,21 +204,6 @@ class Builder:
         inputs = [x[:_STOCK_SAMPLES].numpy() for x in self._calibration]
         stock_quantize(model, target, inputs, options)
 
-    @property
-    def _train(self) -> Split:
-        if self._workload.train is None:
-            raise PlanError(
-                "A plan trains, and the workload has no train split.",
-                advice="give Workload(train=Split(inputs, targets)); distillation needs no targets",
-            )
-        return self._workload.train
-
-    def _context(self, name: str) -> RecoveryContext:
-        return RecoveryContext(
-            folder=self._recovered / f"{name}.checkpoint",
-            class_scores=not callable(self._workload.metric),
-        )
-
 
 def _until(plan: Plan, last: Stage) -> Plan:
     return Plan(tuple(s for s in plan.steps if technique_of(s.decision).stage <= last))
@@ -286,10 +217,6 @@ def _reads_norms(plan: Plan) -> bool:
         or any(isinstance(decision, Equalize) for _, decision in techniques)
         or any(isinstance(t, LayerTechnique) and t.folds_norm(d) for t, d in techniques)
     )
-
-
-def _without(plan: Plan, technique: str) -> Plan:
-    return Plan(tuple(s for s in plan.steps if s.decision.technique != technique))
 
 
 @final

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -16,7 +16,9 @@ from autocompress.errors import AutocompressError, ConfigError
 Objective = Literal[
     "metric", "latency", "energy", "file_bytes", "download_bytes", "peak_memory", "gpu_memory"
 ]
-Sampler = Literal["tpe", "nsga2", "random"]
+Sampler = Literal["tpe", "nsga2", "nsga3", "gp", "random", "mutation"]
+# A technique's fields and the values that each may take: every combination is meant.
+Grid = dict[str, tuple[Any, ...]]
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
@@ -29,13 +31,25 @@ class Strict(BaseModel):
 
 
 class SearchSettings(Strict):
-    """How long the search runs and how it proposes plans."""
+    """How long the search runs and how it proposes plans.
+
+    Attributes:
+        trials: finished trials in all; None is no limit.
+        time_s: seconds in all, set-up and final judging included; None is no limit.
+        limits: hard limits such as `drop <= 1.0`; see `autocompress.search.limits`.
+        survivors: whether members of the front are trained by distillation, if there are training
+            data and time.
+        seeds: whether the search starts from plans that were solved for, or without any.
+    """
 
     trials: int | None = Field(default=None, ge=1)
     time_s: float | None = Field(default=None, gt=0)
     seed: int = Field(default=0, ge=0)
     sampler: Sampler = "tpe"
     finalists: int = Field(default=20, ge=1)
+    limits: tuple[str, ...] = ()
+    survivors: bool = True
+    seeds: bool = True
 
 
 class CalibrationSettings(Strict):
@@ -57,7 +71,9 @@ class Experiment(Strict):
     workload: str = Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")
     device: str
     search_space: str
-    objectives: tuple[Objective, ...] = Field(default=("metric", "latency"), min_length=1)
+    objectives: tuple[Objective, ...] = Field(
+        default=("metric", "latency"), min_length=1, max_length=4
+    )
     search: SearchSettings = SearchSettings()
     calibration: CalibrationSettings = CalibrationSettings()
 
@@ -72,15 +88,39 @@ class Experiment(Strict):
 class SearchSpace(Strict):
     """One search space file: for each technique the values that its fields may take.
 
-    `techniques` maps a technique's name to its decision's fields and their values, in order from
-    the mildest to the strongest; leaving a layer as it is needs no entry. `exclude` holds
-    shell-style patterns of layer or channel group names that stay untouched.
+    All patterns are shell-style (`encoder.*.query`) and are held against the names of layers and
+    channel groups, and against `network`, the target of what works on the network as a whole.
+
+    Attributes:
+        techniques: by a technique's name its decision's fields and their values, in order from the
+            mildest to the strongest, or a list of such mappings, whose combinations are joined;
+            leaving a layer as it is needs no entry.
+        exclude: patterns of targets that stay untouched.
+        exclude_techniques: by a pattern of targets the techniques that they are spared.
+        fix: by a pattern of targets, then a technique's name, one value for each field: these
+            targets always get that decision, and have no other choice at its stage. It may be a
+            technique that `techniques` does not name. A decision that changes nothing, such as
+            `precision: {weight_bits: 32, activation_bits: 32}`, keeps them as they are.
+        tie: lists of patterns; targets that match one of a list's patterns take the same decision
+            at every stage, one that all of them take. Layers and channel groups have stages of
+            their own, and a target without a choice at a stage has no part in it.
     """
 
     version: Literal[1]
     name: str
-    techniques: dict[str, dict[str, tuple[Any, ...]]]
+    techniques: dict[str, Annotated[tuple[Grid, ...], Field(min_length=1)]]
     exclude: tuple[str, ...] = ()
+    exclude_techniques: dict[str, tuple[str, ...]] = {}
+    fix: dict[str, dict[str, dict[str, Any]]] = {}
+    tie: tuple[Annotated[tuple[str, ...], Field(min_length=1)], ...] = ()
+
+    @field_validator("techniques", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        """A single mapping of fields stands for a list of one."""
+        if not isinstance(value, Mapping):
+            return value
+        return {k: (grids,) if isinstance(grids, Mapping) else grids for k, grids in value.items()}
 
 
 def parse_duration(text: str) -> float:

@@ -68,6 +68,11 @@ class MeasurementError(AutocompressError):
 
 
 @final
+class OutOfTimeError(AutocompressError):
+    """A training that was told to stop before its end; a later call goes on from there."""
+
+
+@final
 class SearchError(AutocompressError):
     """A search in which nothing works."""
 

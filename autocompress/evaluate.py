@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
 
+from torch import nn
+
 from autocompress.build import Artifact, Builder, Stopwatch
 from autocompress.device import DeviceProfile, Fingerprint
 from autocompress.errors import ExportError
@@ -18,6 +20,7 @@ from autocompress.measure.measurement import Measurement
 from autocompress.measure.memory import peak_memory
 from autocompress.measure.scoring import ScoringPool
 from autocompress.plan import Plan, candidate_name
+from autocompress.recover import Watch
 from autocompress.workload import Split, Workload, network_outputs, score, score_standard_error
 
 # The artifact that every speed-up is relative to.
@@ -46,7 +49,8 @@ class Evaluation:
             the profile's first runtime.
         file_bytes: size of the ONNX file.
         download_bytes: size of the coded container; None where it was not made.
-        peak_memory_bytes: peak resident bytes of a fresh process, net of the runtime itself.
+        peak_memory_bytes: peak resident bytes of a fresh process, net of the runtime itself; None
+            where it was not measured.
         gpu_memory_bytes: likewise on the GPU; None for a CPU.
         energy: millijoules per inference; None where it was not metered.
         artifact: path of the ONNX file relative to the run folder.
@@ -63,8 +67,8 @@ class Evaluation:
     latency: Measurement
     speedup: Measurement
     file_bytes: int
-    peak_memory_bytes: int
     artifact: str
+    peak_memory_bytes: int | None = None
     download_bytes: int | None = None
     gpu_memory_bytes: int | None = None
     energy: Measurement | None = None
@@ -100,10 +104,12 @@ class Extras:
     Attributes:
         coded: make the coded container; else it is made of finalists only.
         energy: meter the energy.
+        memory: measure the peak memory, in a fresh process.
     """
 
     coded: bool
     energy: bool
+    memory: bool = False
 
 
 @final
@@ -137,6 +143,8 @@ class Evaluator:
         scratch = folder / "scratch"
         self._timing = Worker(profile, scratch)
         self._scoring = ScoringPool(profile, self._timing.cores, scratch)
+        # While other cores build candidates, scoring keeps to those that measure.
+        self._beside = ScoringPool(profile, profile.pinned_cores(self._timing.cores), scratch)
         self._example = self._timing.store([x.numpy() for x in self._example_batch()])
         self._splits: dict[SplitName, Path] = {}
         self._built: dict[str, Artifact] = {}
@@ -152,6 +160,7 @@ class Evaluator:
         """End the measuring workers."""
         self._timing.close()
         self._scoring.close()
+        self._beside.close()
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -170,6 +179,21 @@ class Evaluator:
         """
         return self._builder.build_stock(name, self._builder.path(BASELINE))
 
+    @property
+    def builder(self) -> Builder:
+        """What makes the candidates' files."""
+        return self._builder
+
+    @property
+    def worker(self) -> Worker:
+        """The worker that takes latencies; for the thread that measures only."""
+        return self._timing
+
+    @property
+    def example(self) -> Path:
+        """One batch of real inputs, as `Worker.store` keeps it."""
+        return self._example
+
     def measure(
         self, artifact: Artifact, plan: Plan, runtime: str, split: SplitName, *, final: bool
     ) -> Evaluation:
@@ -180,7 +204,8 @@ class Evaluator:
             plan: what the file was made by; empty for reference points.
             runtime: full name of one of the profile's runtimes.
             split: what the metric is taken on.
-            final: use the profile's tighter limits, and make the coded container.
+            final: use the profile's tighter limits and all its cores for scoring, measure the peak
+                memory, and make the coded container.
 
         Raises:
             MeasurementError: the file crashes or hangs the runtime.
@@ -191,13 +216,16 @@ class Evaluator:
         subject = Subject(artifact.path, runtime)
         candidate = candidate_name(artifact.path.stem, runtime, self._profile.runtime_names[0])
         with clock.step("metric"):
-            metric = self._metric(subject, split)
+            pool = self._scoring if final else self._beside
+            metric = self._metric(subject, split, pool)
         with clock.step("latency"):
             paired = self._timing.compare(
                 self._baseline, subject, self._example, final=final, seed=0
             )
-        with clock.step("memory"):
-            memory = peak_memory(subject, self._example, self._profile)
+        memory = None
+        if final or self._extras.memory:
+            with clock.step("memory"):
+                memory = peak_memory(subject, self._example, self._profile)
         details = dict(artifact.details) | _circumstances(paired)
         energy = self._energy(subject, clock, details, final=final)
         download_bytes = None
@@ -215,27 +243,30 @@ class Evaluator:
             speedup=paired.ratio(),
             file_bytes=artifact.path.stat().st_size,
             download_bytes=download_bytes,
-            peak_memory_bytes=memory.resident_bytes,
-            gpu_memory_bytes=memory.gpu_bytes,
+            peak_memory_bytes=memory.resident_bytes if memory else None,
+            gpu_memory_bytes=memory.gpu_bytes if memory else None,
             energy=energy,
             artifact=str(artifact.path.relative_to(self._folder)),
             details=details,
             seconds={**artifact.seconds, **clock.seconds},
         )
 
-    def evaluate(self, plan: Plan, runtime: str) -> Evaluation:
-        """Build a candidate, if it is not there, and take its figures on the search split."""
-        return self.measure(self.artifact(plan), plan, runtime, "search", final=False)
-
-    def artifact(self, plan: Plan) -> Artifact:
+    def artifact(
+        self, plan: Plan, network: nn.Module | None = None, watch: Watch | None = None
+    ) -> Artifact:
         """A candidate's file; made by this evaluator if it was not made by it before.
+
+        Args:
+            network: what `Builder.network` gave for the plan; None to make it.
+            watch: follows the plan's trainings, and may stop them.
 
         Raises:
             PlanError: the plan does not fit the network.
             ExportError: the file is invalid or does not compute what the network computes.
+            OutOfTimeError: `watch.stop` said so.
         """
         if plan.hash not in self._built:
-            self._built[plan.hash] = self._builder.build(plan.hash, plan)
+            self._built[plan.hash] = self._builder.build(plan.hash, plan, watch or Watch(), network)
         return self._built[plan.hash]
 
     def _energy(
@@ -268,11 +299,11 @@ class Evaluator:
     def _baseline(self) -> Subject:
         return Subject(self._builder.path(BASELINE), self._profile.runtime_names[0])
 
-    def _metric(self, subject: Subject, split: SplitName) -> Measurement:
+    def _metric(self, subject: Subject, split: SplitName, pool: ScoringPool) -> Measurement:
         data = self._split(split)
         if split not in self._splits:
             self._splits[split] = self._timing.store(data.numpy_inputs())
-        outputs = self._scoring.predict(subject, self._splits[split], _SCORING_BATCH)
+        outputs = pool.predict(subject, self._splits[split], _SCORING_BATCH)
         metric = self._workload.metric
         value = score(metric, outputs, data.targets, self._reference_outputs(split))
         error = score_standard_error(metric, value, len(data))

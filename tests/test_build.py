@@ -12,7 +12,6 @@ from networks import make_device
 from tiny_workload import workload
 from torch import nn
 
-import autocompress.build as build_module
 from autocompress.bank import Bank
 from autocompress.build import Builder, Stopwatch
 from autocompress.config import CalibrationSettings
@@ -21,6 +20,7 @@ from autocompress.export import Exporter
 from autocompress.export.coding import decode_model, load_coded
 from autocompress.graph import trace
 from autocompress.plan import Decision, Plan, Step
+from autocompress.recover import trainer as trainer_module
 from autocompress.techniques import NETWORK
 from autocompress.techniques.codebook import Codebook
 from autocompress.techniques.codebook_tuning import TuneCodebooks
@@ -116,7 +116,7 @@ def test_training_brings_a_pruned_network_nearer_and_is_kept(
     def refuse(*args: object) -> None:
         raise AssertionError("trained twice")
 
-    monkeypatch.setattr(build_module, "recover_network", refuse)
+    monkeypatch.setattr(trainer_module, "recover_network", refuse)
     quantized = plan(list(trained.steps), everywhere(INT8))
     artifact = builder.build(quantized.hash, quantized)
     assert "recover" not in artifact.seconds

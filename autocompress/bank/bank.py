@@ -112,7 +112,12 @@ class Bank:
 
     def problem(self, layer: str, *, gradients: bool = False) -> LayerProblem:
         """The problem of an unchanged layer."""
-        module = self.network.get_submodule(layer)
+        return self.folded_problem(layer, self.network.get_submodule(layer), gradients=gradients)
+
+    def folded_problem(
+        self, layer: str, module: nn.Module, *, gradients: bool = False
+    ) -> LayerProblem:
+        """The problem of a layer as a module has it, whose batch norm may be part of it."""
         weight = cast(Tensor, module.weight).detach()
         bias = cast("Tensor | None", module.bias)
         return LayerProblem(

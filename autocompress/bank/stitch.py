@@ -68,7 +68,7 @@ def stitch(bank: Bank, plan: Plan) -> Stitched:
     for technique in TECHNIQUES:
         if isinstance(technique, GroupTechnique):
             for target, decision in plan.of(technique.name).items():
-                removal = _removal(bank, technique, target, decision)
+                removal = channels_to_remove(bank, technique, target, decision)
                 if removal is not None:
                     removals.append(removal)
                     if decision.model_dump()["refit"]:
@@ -132,9 +132,14 @@ def _kept_norm_channels(
     return kept
 
 
-def _removal(
+def channels_to_remove(
     bank: Bank, technique: GroupTechnique, target: str, decision: Decision
 ) -> Removal | None:
+    """The group and its channels that a decision removes; None if it removes none.
+
+    Raises:
+        PlanError: there is no such group, or it can't be pruned.
+    """
     groups = {group.name: group for group in bank.graph.groups}
     group = groups.get(target)
     if group is None or not group.prunable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import final
@@ -48,13 +49,16 @@ class VariantStore:
         self._limit = memory_bytes
         self._held: OrderedDict[str, Variant] = OrderedDict()
         self._held_bytes = 0
+        # Candidates are built in more than one thread.
+        self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: str) -> Variant | None:
         """The variant of that key, or None if it was never put or its file is damaged."""
-        if key in self._held:
-            self._held.move_to_end(key)
-            return self._held[key]
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key]
         path = self._path(key)
         if not path.exists():
             return None
@@ -77,12 +81,13 @@ class VariantStore:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors"
 
     def _hold(self, key: str, variant: Variant) -> None:
-        self._held_bytes += _size(variant) - _size(self._held.get(key, {}))
-        self._held[key] = variant
-        self._held.move_to_end(key)
-        while self._held_bytes > self._limit and len(self._held) > 1:
-            _, dropped = self._held.popitem(last=False)
-            self._held_bytes -= _size(dropped)
+        with self._lock:
+            self._held_bytes += _size(variant) - _size(self._held.get(key, {}))
+            self._held[key] = variant
+            self._held.move_to_end(key)
+            while self._held_bytes > self._limit and len(self._held) > 1:
+                _, dropped = self._held.popitem(last=False)
+                self._held_bytes -= _size(dropped)
 
 
 def _size(variant: Variant) -> int:

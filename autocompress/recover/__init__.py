@@ -1,20 +1,6 @@
 """What is done to a compressed network so that it computes well again."""
 
-from autocompress.recover.checkpoint import restore, tensors_of
-from autocompress.recover.codebook_tuning import tune_codebooks
-from autocompress.recover.gradual import gradual
 from autocompress.recover.normalization import BatchNormRepair
-from autocompress.recover.qat import train_quantized
-from autocompress.recover.recovery import RecoveryContext, recover_network, training_identity
+from autocompress.recover.trainer import Trainer, Watch, recovery_of
 
-__all__ = [
-    "BatchNormRepair",
-    "RecoveryContext",
-    "gradual",
-    "recover_network",
-    "restore",
-    "tensors_of",
-    "train_quantized",
-    "training_identity",
-    "tune_codebooks",
-]
+__all__ = ["BatchNormRepair", "Trainer", "Watch", "recovery_of"]

@@ -21,7 +21,7 @@ from autocompress.recover.recovery import (
     training_identity,
 )
 from autocompress.recover.training import train
-from autocompress.recover.training_types import TrainingContext, TrainingReport
+from autocompress.recover.training_types import TrainingReport
 from autocompress.techniques.codebook_tuning import TuneCodebooks
 from autocompress.workload import Split
 from autocompress.workload.types import describe
@@ -49,6 +49,7 @@ def tune_codebooks(
         PlanError: no layer has a codebook, a codebook does not fit its layer, or the training
             diverges.
         WorkloadError: targets or outputs do not fit.
+        OutOfTimeError: `context.stop` said so.
     """
     context = context or RecoveryContext()
     network.eval()
@@ -64,8 +65,7 @@ def tune_codebooks(
             decision.model_dump(mode="json"), context.class_scores,
         )  # fmt: skip
     with frozen_weights(network, "integer_weight"), shared_codebooks(network):
-        surroundings = TrainingContext(context.folder, identity, context.advance)
-        return train(network, split, loss, settings, surroundings)
+        return train(network, split, loss, settings, context.surroundings(identity))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Losses on labels and on the outputs of a teacher, the network before its compression."""
+"""Losses on labels and on the outputs of a teacher."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from autocompress.errors import WorkloadError
 from autocompress.graph.layers import flatten_outputs
-from autocompress.recover.training_types import Batch, Inputs
+from autocompress.recover.teacher import Teacher
+from autocompress.recover.training_types import Batch
 from autocompress.workload.types import describe
-
-_TEACHER_BATCH = 128
-_CACHE_BYTES = 1 << 28
 
 
 def hard_label_loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -134,61 +132,6 @@ def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
 
 
 @final
-class Teacher:
-    """The original network, run in evaluation mode without gradients.
-
-    Args:
-        network: in evaluation mode, on the student's device; not changed.
-        remembered: inputs of the whole split, whose outputs are all computed at the first call and
-            kept if they are small enough; pays where samples come up more than once. None keeps
-            nothing. They are computed in the split's order, so that a resumed training gets the
-            same numbers.
-
-    Raises:
-        WorkloadError: the network is in training mode.
-    """
-
-    def __init__(self, network: nn.Module, remembered: Inputs | None = None) -> None:
-        if any(module.training for module in network.modules()):
-            raise WorkloadError(
-                "A teacher is in training mode.",
-                allowed="a network whose modules are all in eval mode",
-                advice="call eval() on the original network",
-            )
-        self.network = network
-        self._inputs = remembered
-        self._kept: list[Tensor] | None = None
-
-    def outputs(self, batch: Batch) -> list[Tensor]:
-        """Outputs of a batch as a flat list, without gradients."""
-        if self._inputs is None or batch.samples is None:
-            return self.run(batch.inputs)
-        if self._kept is None:
-            self._kept = self._remember(self._inputs, batch.inputs[0].device)
-            if self._kept is None:
-                self._inputs = None
-                return self.run(batch.inputs)
-        device = batch.inputs[0].device
-        return [kept[batch.samples].to(device) for kept in self._kept]
-
-    def run(self, inputs: Inputs) -> list[Tensor]:
-        """Outputs of some inputs as a flat list, without gradients; nothing is remembered."""
-        with torch.no_grad():
-            return flatten_outputs(self.network(*inputs))
-
-    def _remember(self, inputs: Inputs, device: torch.device) -> list[Tensor] | None:
-        count = len(inputs[0])
-        chunks: list[list[Tensor]] = []
-        for start in range(0, count, _TEACHER_BATCH):
-            part = tuple(x[start : start + _TEACHER_BATCH].to(device) for x in inputs)
-            chunks.append([output.cpu() for output in self.run(part)])
-            size = sum(o.numel() * o.element_size() for o in chunks[0]) * count / len(part[0])
-            if size > _CACHE_BYTES:
-                return None
-        return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
-
-
-@final
 @dataclass(frozen=True)
 class ResponseLoss:
     """Distillation of the teacher's outputs (Hinton et al. 2015), plus `alpha` times the labels.
@@ -205,8 +148,9 @@ class ResponseLoss:
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
         """The loss on a batch; a scalar."""
+        wanted = self.teacher.outputs(batch)
         outputs = flatten_outputs(network(*batch.inputs))
-        loss = self.response(outputs, self.teacher.outputs(batch))
+        loss = self.response(outputs, wanted)
         return loss + label_term(outputs[0], batch.targets, self.alpha, self.response.class_scores)
 
 

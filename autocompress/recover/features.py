@@ -13,13 +13,9 @@ from torch import Tensor, nn
 
 from autocompress.errors import PlanError
 from autocompress.graph.layers import flatten_outputs
-from autocompress.recover.distillation import (
-    ResponseTerm,
-    Teacher,
-    label_term,
-    relative_error,
-)
+from autocompress.recover.distillation import ResponseTerm, label_term, relative_error
 from autocompress.recover.schedule import derived_seed
+from autocompress.recover.teacher import Teacher
 from autocompress.recover.training_types import Batch, Inputs
 
 _MAPS = 3

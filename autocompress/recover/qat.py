@@ -6,6 +6,7 @@ when a norm is folded, since its steps are multiplied by the norm's factors.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -33,7 +34,6 @@ from autocompress.recover.training import train
 from autocompress.recover.training_types import (
     Inputs,
     Loss,
-    TrainingContext,
     TrainingReport,
     TrainingSettings,
 )
@@ -68,6 +68,7 @@ def train_quantized(
     Raises:
         PlanError: no layer is quantized, or the training diverged.
         WorkloadError: there are no targets to learn from, or targets or outputs do not fit.
+        OutOfTimeError: `context.stop` said so.
     """
     network.eval()
     layers = quantized_layers(network)
@@ -88,7 +89,7 @@ def train_quantized(
     def reseed(step: int, steps: int) -> None:
         gradients.generator.manual_seed(derived_seed(context.seed, "gradients", step))
 
-    surroundings = TrainingContext(context.folder, identity, context.advance, reseed)
+    surroundings = replace(context.surroundings(identity), before_step=reseed)
     with (
         frozen_weights(network, "codebook_weight"),
         fake_quantized(network, calibration, gradients),

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, final
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from autocompress.bank.store import make_key, network_hash, tensors_hash
 from autocompress.errors import WorkloadError
-from autocompress.recover.distillation import LabelLoss, ResponseLoss, ResponseTerm, Teacher
+from autocompress.recover.distillation import LabelLoss, ResponseLoss, ResponseTerm
 from autocompress.recover.features import Adapters, FeatureLoss, find_maps
-from autocompress.recover.training import train
+from autocompress.recover.teacher import Teacher, TeacherOutputs, chunks_in_order_of_use
+from autocompress.recover.training import step_count, train
 from autocompress.recover.training_types import (
     Loss,
     TrainingContext,
     TrainingReport,
     TrainingSettings,
 )
-from autocompress.techniques.recovery import Recover
+from autocompress.techniques.recovery import Recover, cycle_epochs
 from autocompress.workload import Split
 
 # Held out is this share of the samples, but no more than so many.
@@ -31,6 +33,8 @@ _PATIENCE_SHARE = 0.4
 _LEAST_PATIENCE = 5
 # Of the distillation into weights that are quantized already.
 RETRAIN_TEMPERATURE = 4.0
+# Splits are frozen, and hashing hundreds of megabytes takes longer than stitching a network.
+_split_hashes: WeakKeyDictionary[Split, str] = WeakKeyDictionary()
 
 
 @final
@@ -44,6 +48,11 @@ class RecoveryContext:
         folder: for checkpoints; None keeps none. The same recovery of the same network goes on
             there, or returns at once if it had ended.
         advance: called after every step.
+        cycle: which of the decision's training cycles this is, from 0.
+        stop: asked after every step; where it says so, the training writes its checkpoint and
+            raises `OutOfTimeError`.
+        teacher_outputs: the teacher's on the train split, computed once for all trainings; None
+            computes them anew.
     """
 
     seed: int = 0
@@ -51,6 +60,13 @@ class RecoveryContext:
     advance: Callable[[], None] = lambda: None
     class_scores: bool = True
     bf16: bool | Literal["auto"] = "auto"
+    cycle: int = 0
+    stop: Callable[[], bool] = lambda: False
+    teacher_outputs: TeacherOutputs | None = None
+
+    def surroundings(self, identity: str) -> TrainingContext:
+        """The context of a training that the identity tells from others."""
+        return TrainingContext(self.folder, identity, self.advance, stop=self.stop)
 
 
 def recover_network(
@@ -60,10 +76,11 @@ def recover_network(
     decision: Recover,
     context: RecoveryContext | None = None,
 ) -> TrainingReport:
-    """Train a compressed network in place; it is left in evaluation mode.
+    """Train a compressed network in place for one cycle; it is left in evaluation mode.
 
     The weights with the least loss on held-out samples are kept, those from before included. The
-    decision's `pruning_rounds` are the caller's (see `gradual`).
+    decision's `pruning_rounds` (see `gradual`) and `cycles` are the caller's: a later cycle gets
+    the network that the one before it left.
 
     Args:
         network: compressed, all modules in evaluation mode.
@@ -73,17 +90,17 @@ def recover_network(
     Raises:
         WorkloadError: there are no targets to fine-tune on, or targets or outputs do not fit.
         PlanError: the training diverged, or there are no maps for a distillation of features.
+        OutOfTimeError: `context.stop` said so.
     """
     context = context or RecoveryContext()
     network.eval()
-    settings = recovery_settings(len(split), decision.epochs, decision.learning_rate, context)
+    settings = cycle_settings(len(split), decision, context)
     loss = make_loss(network, teacher, split, decision, context)
     identity = ""
     if context.folder is not None:
-        how = decision.model_dump(mode="json", exclude={"pruning_rounds"})
+        how = decision.model_dump(mode="json", exclude={"pruning_rounds", "cycles"})
         identity = training_identity((network, teacher), split, how, context.class_scores)
-    surroundings = TrainingContext(context.folder, identity, context.advance)
-    return train(network, split, loss, settings, surroundings)
+    return train(network, split, loss, settings, context.surroundings(identity))
 
 
 def training_identity(networks: tuple[nn.Module, ...], split: Split, *how: object) -> str:
@@ -94,8 +111,10 @@ def training_identity(networks: tuple[nn.Module, ...], split: Split, *how: objec
             into `how`.
         how: whatever else the training depends on; JSON-like.
     """
-    tensors = (*split.inputs, *(() if split.targets is None else (split.targets,)))
-    return make_key(*map(network_hash, networks), tensors_hash(tensors), *how)
+    if split not in _split_hashes:
+        targets = () if split.targets is None else (split.targets,)
+        _split_hashes[split] = tensors_hash((*split.inputs, *targets))
+    return make_key(*map(network_hash, networks), _split_hashes[split], *how)
 
 
 def make_loss(
@@ -121,7 +140,9 @@ def make_loss(
             )
         return LabelLoss()
     if decision.method == "response":
-        return response_loss(teacher, split, decision.epochs, decision.temperature, context)
+        return response_loss(
+            teacher, split, cycle_epochs(decision, context.cycle), decision.temperature, context
+        )
     response = ResponseTerm(decision.temperature, context.class_scores)
     maps = find_maps(network, teacher, split.subset(2).inputs)
     return FeatureLoss(
@@ -137,10 +158,32 @@ def response_loss(
     teacher: nn.Module, split: Split, epochs: float, temperature: float, context: RecoveryContext
 ) -> ResponseLoss:
     """The distillation of the teacher's outputs."""
-    # Up to one epoch few samples come up twice: remembering would cost more than it saves.
-    remembered = split.inputs if epochs > 1 else None
+    shared = context.teacher_outputs
+    # Up to one epoch few samples come up twice, so there is nothing to be gained.
+    if shared is None and epochs > 1:
+        shared = find_teacher_outputs(teacher, split, context)
     response = ResponseTerm(temperature, context.class_scores)
-    return ResponseLoss(Teacher(teacher, remembered), response)
+    return ResponseLoss(Teacher(teacher, shared), response)
+
+
+def find_teacher_outputs(
+    teacher: nn.Module, split: Split, context: RecoveryContext, folder: Path | None = None
+) -> TeacherOutputs:
+    """The teacher's outputs on a train split, to be computed as trainings ask for them.
+
+    Args:
+        folder: keeps them in a file; None only in memory.
+    """
+    chunks = chunks_in_order_of_use(len(split), held_out(len(split)), context.seed)
+    return TeacherOutputs(teacher, split.inputs, chunks, folder, context.bf16)
+
+
+def cycle_settings(samples: int, decision: Recover, context: RecoveryContext) -> TrainingSettings:
+    """The settings of the context's cycle of a decision."""
+    epochs = cycle_epochs(decision, context.cycle)
+    before = sum(cycle_epochs(decision, number) for number in range(context.cycle))
+    settings = recovery_settings(samples, epochs, decision.learning_rate, context)
+    return replace(settings, epochs_before=before)
 
 
 def recovery_settings(
@@ -157,6 +200,11 @@ def recovery_settings(
         bf16=context.bf16,
         seed=context.seed,
     )
+
+
+def step_count_of(samples: int, epochs: float) -> int:
+    """Steps of any recovery of so many epochs on a split of so many samples, no early stop."""
+    return step_count(samples, recovery_settings(samples, epochs, 1.0, RecoveryContext()))
 
 
 def held_out(samples: int) -> int:

@@ -8,10 +8,9 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, parametrize
+from torch.nn.utils import clip_grad_norm_
 
-from autocompress.errors import PlanError, WorkloadError
-from autocompress.graph.layers import NORM_TYPES
+from autocompress.errors import OutOfTimeError, PlanError, WorkloadError
 from autocompress.recover.autocast import bf16_pays
 from autocompress.recover.checkpoint import (
     CheckpointFile,
@@ -20,6 +19,8 @@ from autocompress.recover.checkpoint import (
     restore,
     tensors_of,
 )
+from autocompress.recover.layout import channels_last, takes_channels_last
+from autocompress.recover.optimization import freeze_norms, make_optimizer, masked_weights
 from autocompress.recover.schedule import (
     derived_generator,
     derived_seed,
@@ -44,7 +45,6 @@ __all__ = [
     "TrainingContext",
     "TrainingReport",
     "TrainingSettings",
-    "masked_weights",
     "train",
 ]
 
@@ -66,6 +66,7 @@ def train(
     Raises:
         WorkloadError: the split has too few samples, or nothing of the network can be trained.
         PlanError: the loss is not finite.
+        OutOfTimeError: `context.stop` said so; the checkpoint is written.
         RunFolderError: the checkpoint is of another network.
     """
     if settings.epochs == 0:
@@ -102,12 +103,15 @@ class _Loop:
         self._settings, self._context = settings, context
         self._modules = (network, loss.extra)
         self._parameters = [p for m in self._modules for p in m.parameters() if p.requires_grad]
-        self._optimizer = _make_optimizer(self._parameters, settings)
+        self._optimizer = make_optimizer(self._parameters, settings)
         self._masked = masked_weights(network)
         self._device = self._parameters[0].device
         self._samples, self._held_out = split_off(len(split), settings.holdout, settings.seed)
-        self._per_epoch = max(len(self._samples) // settings.batch_size, 1)
-        self._steps = max(1, round(settings.epochs * self._per_epoch))
+        self._per_epoch = _steps_per_epoch(len(split), settings)
+        self._steps = step_count(len(split), settings)
+        self._first_epoch = math.ceil(settings.epochs_before)
+        self._first_step = round(settings.epochs_before * self._per_epoch)
+        self._channels_last = False
         self._file = CheckpointFile(
             context.folder, context.identity, repr(settings), str(len(split))
         )
@@ -118,18 +122,20 @@ class _Loop:
     def run(self) -> TrainingReport:
         """Go through the epochs, from the start or from a checkpoint."""
         state = self._state = self._resume()
+        settings = self._settings
+        self._channels_last = not state.finished and self._tries_channels_last()
         while not state.finished:
-            epoch = state.step // self._per_epoch
+            # Not from the step: a training may have been stopped before the epoch was judged.
+            epoch = len(state.train_losses)
             batches = epoch_batches(
-                self._samples, self._settings.batch_size, self._settings.seed, epoch
+                self._samples, settings.batch_size, settings.seed, self._first_epoch + epoch
             )
             if len(state.held_out_losses) == 0:
                 self._judge()
             end = min((epoch + 1) * self._per_epoch, self._steps)
             while state.step < end:
                 self._step(batches[state.step % self._per_epoch])
-                if time.monotonic() - self._saved_at > _CHECKPOINT_EVERY_S and state.step < end:
-                    self._save()
+                self._pause()
             state.train_losses.append(state.loss_sum / (end - epoch * self._per_epoch))
             state.loss_sum = 0.0
             self._judge()
@@ -138,14 +144,29 @@ class _Loop:
             self._save()
         return self._report()
 
+    def _pause(self) -> None:
+        """Write a checkpoint if it is time; stop if the caller wants it."""
+        stops = self._state.step < self._steps and self._context.stop()
+        if stops or time.monotonic() - self._saved_at > _CHECKPOINT_EVERY_S:
+            self._save()
+        if stops:
+            kept = self._context.folder is not None
+            raise OutOfTimeError(
+                "A training was stopped before its end.",
+                given=f"{self._state.step} of {self._steps} steps done",
+                advice="run it again with more time: it goes on from its checkpoint"
+                if kept
+                else "run it again with more time, and give it a folder for its checkpoint",
+            )
+
     def _step(self, samples: Tensor) -> None:
         state, settings = self._state, self._settings
         self._context.before_step(state.step, self._steps)
         self._network.train()
         if state.step >= settings.norms_frozen_from * self._steps:
-            _freeze_norms(self._network)
+            freeze_norms(self._network)
         # A seed per step, on every device, so that a resumed training draws what it would have.
-        torch.manual_seed(derived_seed(settings.seed, "step", state.step))
+        torch.manual_seed(derived_seed(settings.seed, "step", self._first_step + state.step))
         share = learning_rate_share(state.step, self._steps, settings.warmup_share)
         for group in self._optimizer.param_groups:
             group["lr"] = settings.learning_rate * share
@@ -171,13 +192,20 @@ class _Loop:
         part = self._split.subset(samples)
         inputs, augment = part.inputs, self._context.augment
         if augmented and augment is not None:
-            seed = self._settings.seed
-            inputs = augment(inputs, derived_generator(seed, "augment", self._state.step))
+            number = self._first_step + self._state.step
+            inputs = augment(inputs, derived_generator(self._settings.seed, "augment", number))
+        inputs = tuple(x.to(self._device) for x in inputs)
         return Batch(
-            tuple(x.to(self._device) for x in inputs),
+            channels_last(inputs) if self._channels_last else inputs,
             None if part.targets is None else part.targets.to(self._device),
             None if augmented and augment is not None else samples,
         )
+
+    def _tries_channels_last(self) -> bool:
+        self._network.eval()
+        part = self._batch(self._samples[:2], augmented=False)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._state.bf16):
+            return takes_channels_last(self._network, part.inputs)
 
     def _judge(self) -> None:
         """Note the held-out loss after an epoch, and keep the weights if they are the best yet."""
@@ -246,48 +274,16 @@ class _Loop:
         )
 
 
-def masked_weights(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Weights with the masks of those that stay; a parametrized weight's own tensor, if it fits."""
-    found = []
-    for module in network.modules():
-        mask = getattr(module, "weight_mask", None)
-        if not isinstance(mask, Tensor):
-            continue
-        if parametrize.is_parametrized(module, "weight"):
-            weight = module.parametrizations["weight"].original  # type: ignore[union-attr, index]
-        else:
-            weight = module.weight
-        # A codebook has another shape than the weight that it stands for: its zeros are its own.
-        if isinstance(weight, Tensor) and weight.shape == mask.shape:
-            found.append((weight, mask))
-    return found
+def step_count(samples: int, settings: TrainingSettings) -> int:
+    """Steps of a training on a split of so many samples, if it does not stop early."""
+    if settings.epochs == 0:
+        return 0
+    return max(1, round(settings.epochs * _steps_per_epoch(samples, settings)))
+
+
+def _steps_per_epoch(samples: int, settings: TrainingSettings) -> int:
+    return max((samples - settings.holdout) // settings.batch_size, 1)
 
 
 def _best(state: TrainingState) -> int:
     return state.held_out_losses.index(min(state.held_out_losses))
-
-
-def _make_optimizer(
-    parameters: list[nn.Parameter], settings: TrainingSettings
-) -> torch.optim.Optimizer:
-    if not parameters:
-        raise WorkloadError(
-            "Nothing of the network can be trained.",
-            given="no parameter with requires_grad",
-            advice="call network.requires_grad_(True) before you return the workload",
-        )
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, settings.learning_rate)
-    nesterov = settings.momentum > 0
-    return torch.optim.SGD(groups, settings.learning_rate, settings.momentum, nesterov=nesterov)
-
-
-def _freeze_norms(network: nn.Module) -> None:
-    for module in network.modules():
-        if isinstance(module, NORM_TYPES):
-            module.eval()

@@ -34,6 +34,8 @@ class TrainingSettings:
             never, 0 always.
         bf16: autocast to bf16; "auto" where the device has bf16 arithmetic (`bf16_pays`), which is
             the same in every call on one machine but may differ between machines.
+        epochs_before: epochs of earlier trainings of the same network: orders of samples and random
+            numbers go on from there, and the held-out samples stay the same.
     """
 
     epochs: float
@@ -49,6 +51,7 @@ class TrainingSettings:
     norms_frozen_from: float = 1.0
     bf16: bool | Literal["auto"] = "auto"
     seed: int = 0
+    epochs_before: float = 0.0
 
     def __post_init__(self) -> None:
         patience = self.patience
@@ -107,6 +110,8 @@ class TrainingContext:
         before_step: called with a step's number, from 0, and the number of all steps; whatever it
             changes in the network must follow from these two alone.
         augment: changes inputs by random numbers of the given generator only.
+        stop: asked after every step; where it says so, the training writes its checkpoint and
+            raises `OutOfTimeError`.
     """
 
     folder: Path | None = None
@@ -114,6 +119,7 @@ class TrainingContext:
     advance: Callable[[], None] = lambda: None
     before_step: Callable[[int, int], None] = lambda step, steps: None
     augment: Callable[[Inputs, torch.Generator], Inputs] | None = None
+    stop: Callable[[], bool] = lambda: False
 
 
 @final

@@ -67,7 +67,7 @@ def objective_values(evaluation: Evaluation, objectives: Sequence[Objective]) ->
         "energy": math.inf if evaluation.energy is None else evaluation.energy.value,
         "file_bytes": float(evaluation.file_bytes),
         "download_bytes": float(evaluation.download_bytes or math.inf),
-        "peak_memory": float(evaluation.peak_memory_bytes),
+        "peak_memory": float(evaluation.peak_memory_bytes or math.inf),
         "gpu_memory": float(evaluation.gpu_memory_bytes or math.inf),
     }
     return [values[name] for name in objectives]

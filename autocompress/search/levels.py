@@ -47,7 +47,7 @@ def kept_sizes(space: Space, group: ChannelGroup, profile: DeviceProfile) -> tup
     sizes = {
         kept_channels(group, decision, profile)
         for parameter in space.parameters
-        if parameter.stage is Stage.PRUNE and parameter.target == group.name
+        if parameter.stage is Stage.PRUNE and group.name in parameter.targets
         for decision in parameter.decisions
         if isinstance(decision, FilterPrune)
     }

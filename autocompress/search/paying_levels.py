@@ -16,7 +16,7 @@ from autocompress.measure.table.store import Store, cache_path
 from autocompress.measure.table.table import Table
 from autocompress.search.prepare import Prepared
 from autocompress.search.progress import Progress
-from autocompress.search.space import Parameter, Space
+from autocompress.search.space import Space
 from autocompress.search.thin import Thinned, latency_alone, thin_space
 from autocompress.search.variants import find_variants
 
@@ -108,8 +108,8 @@ def _without(space: Space, dropped: DroppedLevels) -> Space:
         gone = dropped.indices.get(parameter.name, ())
         decisions = tuple(d for i, d in enumerate(parameter.decisions) if i not in gone)
         if decisions:
-            parameters.append(Parameter(parameter.stage, parameter.target, decisions))
-    return Space(tuple(parameters))
+            parameters.append(replace(parameter, decisions=decisions))
+    return replace(space, parameters=tuple(parameters))
 
 
 def _read(path: Path) -> DroppedLevels:

@@ -150,16 +150,20 @@ def check_training_data(space: Space, workload: Workload) -> None:
     Raises:
         ConfigError: there is none.
     """
-    trained = [p for p in space.parameters if p.stage in (Stage.RECOVER, Stage.RETRAIN)]
+    trained = [
+        step.decision
+        for step in space.steps()
+        if technique_of(step.decision).stage in (Stage.RECOVER, Stage.RETRAIN)
+    ]
     if trained and workload.train is None:
-        names = sorted({d.technique for p in trained for d in p.decisions})
+        names = sorted({decision.technique for decision in trained})
         raise ConfigError(
             "The search space offers to train, and the workload has no train split.",
             given=", ".join(names),
             advice="give Workload(train=Split(inputs, targets)); distillation needs no targets",
         )
     unlabeled = workload.train is not None and workload.train.targets is None
-    supervised = [d for p in trained for d in p.decisions if _needs_labels(d)]
+    supervised = [d for d in trained if _needs_labels(d)]
     if unlabeled and supervised:
         raise ConfigError(
             "The search space offers to learn from labels, and the train split has no targets.",
@@ -237,11 +241,10 @@ def fill_bank(prepared: Prepared, progress: Progress) -> Bank:
     settings = prepared.experiment.calibration
     progress.stage("calibrate")
     bank.calibrate(prepared.workload.calibration.inputs, settings, progress.advance)
-    parameters = prepared.space.parameters
-    progress.stage("fill bank", len(parameters))
-    for parameter in parameters:
-        for decision in parameter.decisions:
-            _solve(bank, parameter.target, decision)
+    steps = list(prepared.space.steps())
+    progress.stage("fill bank", len(steps))
+    for step in steps:
+        _solve(bank, step.target, step.decision)
         progress.advance()
     return bank
 

@@ -26,7 +26,7 @@ def uniform_seeds(space: Space) -> list[Indices]:
     quantized = _everywhere(_of_stage(space, Stage.QUANTIZE))
     first = _fastest_of_first_technique(quantized)
     pruned = _of_stage(space, Stage.PRUNE)
-    inner = [p for p in pruned if "+" not in p.target]
+    inner = [p for p in pruned if not any("+" in target for target in p.targets)]
     alone = [{p.name: 1} for p in pruned] if len(pruned) <= _FEW_GROUPS else []
     shapes: list[Indices] = _interleave(
         list(_levels(inner)),

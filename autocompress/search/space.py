@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any, final
+from typing import final
 
 from autocompress.config import SearchSpace
 from autocompress.device import DeviceProfile
-from autocompress.errors import ConfigError, PlanError
+from autocompress.errors import ConfigError
 from autocompress.graph import NetworkGraph
-from autocompress.plan import Decision, Plan, Step, make_decision
-from autocompress.techniques import (
-    GroupTechnique,
-    LayerTechnique,
-    Technique,
-    consistent,
-    technique_named,
+from autocompress.plan import Decision, Plan, Step
+from autocompress.search.space_rules import (
+    Offers,
+    Place,
+    Rules,
+    common_decisions,
+    fixed_decisions,
+    is_identity,
+    offered_decisions,
+    quantizes_all,
+    targets_of,
+    ties,
 )
+from autocompress.techniques import consistent, technique_named
 from autocompress.techniques.technique import NETWORK, Stage
 
 
@@ -30,11 +34,16 @@ class Parameter:
 
     Techniques of the same stage exclude each other for a target: their decisions stand one after
     another, each technique's from the mildest to the strongest.
+
+    Attributes:
+        target: the layer, the channel group, or `network`; of tied ones the first.
+        tied: further targets, of the same kind, that take the same decision.
     """
 
     stage: Stage
     target: str
     decisions: tuple[Decision, ...]
+    tied: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -42,17 +51,27 @@ class Parameter:
         return f"{self.target}|{self.stage.name.lower()}"
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """All that the choice is about."""
+        return (self.target, *self.tied)
+
+    @property
     def highest(self) -> int:
-        """The largest index; index 0 leaves the target as it is."""
+        """The largest index; index 0 leaves the targets as they are."""
         return len(self.decisions)
 
 
 @final
 @dataclass(frozen=True)
 class Space:
-    """All choices that there are for a network on a device."""
+    """All choices that there are for a network on a device.
+
+    Attributes:
+        fixed: steps of every plan, about which there is no choice.
+    """
 
     parameters: tuple[Parameter, ...]
+    fixed: tuple[Step, ...] = ()
 
     def plan(self, indices: Mapping[str, int]) -> Plan:
         """The plan that parameter values stand for; a parameter that is not named is 0.
@@ -60,12 +79,23 @@ class Space:
         Steps that would have nothing to work on, or that exclude each other, are left out (see
         `techniques.consistent`): several values may stand for the same plan.
         """
-        steps = []
+        steps = list(self.fixed)
         for parameter in self.parameters:
             index = indices.get(parameter.name, 0)
             if index:
-                steps.append(Step(parameter.target, parameter.decisions[index - 1]))
+                steps += [Step(t, parameter.decisions[index - 1]) for t in parameter.targets]
         return consistent(Plan(tuple(steps)))
+
+    def steps(self) -> Iterator[Step]:
+        """Every step that a plan of this space may have."""
+        yield from self.fixed
+        for parameter in self.parameters:
+            for target in parameter.targets:
+                yield from (Step(target, decision) for decision in parameter.decisions)
+
+    def by_target(self) -> dict[tuple[Stage, str], Parameter]:
+        """Parameters by stage and target, under the names of all targets that they are about."""
+        return {(p.stage, target): p for p in self.parameters for target in p.targets}
 
     @property
     def size(self) -> float:
@@ -79,73 +109,73 @@ class Space:
 def build_space(graph: NetworkGraph, space: SearchSpace, device: DeviceProfile) -> Space:
     """The choices that a search space file leaves for a network on a device.
 
+    Where single layers have a fixed precision no quantizer of the whole network is offered, and
+    where such a quantizer is fixed no layer has a choice of its own.
+
     Raises:
-        ConfigError: an unknown technique, a value outside a technique's range, or nothing to
-            choose from.
+        ConfigError: an unknown technique, a value outside a technique's range, a pattern of `fix`
+            or `tie` that matches nothing or asks for what cannot be done, or nothing to choose
+            from.
     """
-    found: dict[tuple[Stage, str], tuple[Decision, ...]] = {}
-    for name, fields in space.techniques.items():
-        technique = technique_named(name)
-        offered = _offered(technique, fields, space.name)
-        for target, decisions in _choices(technique, graph, offered, device).items():
-            if decisions and not _excluded(target, space.exclude):
-                key = (technique.stage, target)
-                found[key] = found.get(key, ()) + decisions
+    rules = Rules(graph, space, device)
+    fixed = fixed_decisions(rules)
+    offers = [(technique_named(name), grids) for name, grids in space.techniques.items()]
+    offered = {t.name: offered_decisions(t, grids, space.name) for t, grids in offers}
+    found: dict[Place, tuple[Decision, ...]] = {}
+    for technique, _ in offers:
+        for target in targets_of(technique, graph):
+            place = (technique.stage, target)
+            decisions = rules.choices(technique, target, offered[technique.name])
+            if decisions and place not in fixed and not _void(place, fixed):
+                found[place] = found.get(place, ()) + decisions
     if not found:
         raise ConfigError(
             f"The search space '{space.name}' leaves nothing to choose for this network.",
             given=f"{len(graph.layers)} layers, techniques {', '.join(space.techniques)}",
-            advice="name more techniques or values, or exclude fewer layers",
+            advice="name more techniques or values, or exclude or fix fewer layers",
         )
-    return Space(tuple(Parameter(stage, target, d) for (stage, target), d in found.items()))
+    steps = [Step(target, decision) for (_, target), decision in fixed.items()]
+    parameters = _parameters(rules, found, offered)
+    return Space(parameters, tuple(s for s in steps if not is_identity(s.decision)))
 
 
 def unused_values(space: SearchSpace, built: Space) -> list[str]:
     """Values that a search space file names and no layer, group or network takes, as texts."""
     taken = [d for p in built.parameters for d in p.decisions]
-    return [
+    unused = [
         f"{name} {field} {value}"
-        for name, fields in space.techniques.items()
-        for field, values in fields.items()
+        for name, grids in space.techniques.items()
+        for grid in grids
+        for field, values in grid.items()
         for value in values
         if not any(d.technique == name and getattr(d, field) == value for d in taken)
     ]
+    return list(dict.fromkeys(unused))
 
 
-def _choices(
-    technique: Technique, graph: NetworkGraph, offered: tuple[Decision, ...], device: DeviceProfile
-) -> dict[str, tuple[Decision, ...]]:
-    if isinstance(technique, GroupTechnique):
-        return {g.name: technique.choices(g, offered, device) for g in graph.groups}
-    if isinstance(technique, LayerTechnique):
-        return {x.name: technique.choices(x, offered, device) for x in graph.layers}
-    return {NETWORK: technique.choices(graph, offered, device)}
+def _void(place: Place, fixed: Mapping[Place, Decision]) -> bool:
+    """Whether a choice would come to nothing, or undo a step that is fixed, in every plan."""
+    if quantizes_all(fixed):
+        return place[0] in (Stage.QUANTIZE, Stage.RETRAIN)
+    single = any(s is Stage.QUANTIZE and t != NETWORK for s, t in fixed)
+    return single and place == (Stage.QUANTIZE, NETWORK)
 
 
-def _offered(
-    technique: Technique, fields: Mapping[str, Sequence[Any]], space: str
-) -> tuple[Decision, ...]:
-    """Every combination of the values that a space names, as decisions.
-
-    Combinations that the technique refuses are left out, if each value is in one that it takes.
-    """
-    found: list[Decision] = []
-    refused: list[tuple[dict[str, Any], PlanError]] = []
-    for values in itertools.product(*fields.values()):
-        chosen = dict(zip(fields, values, strict=True))
-        try:
-            found.append(make_decision(technique.decision, chosen))
-        except PlanError as complaint:
-            refused.append((chosen, complaint))
-    for chosen, reason in refused:
-        if any(all(getattr(d, k, None) != v for d in found) for k, v in chosen.items()):
-            raise ConfigError(
-                f"The search space '{space}' has a value that its technique refuses. {reason.what}",
-                given=reason.given,
-                allowed=reason.allowed,
-            ) from reason
-    return tuple(found)
-
-
-def _excluded(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def _parameters(
+    rules: Rules,
+    found: Mapping[Place, tuple[Decision, ...]],
+    offered: Offers,
+) -> tuple[Parameter, ...]:
+    """One parameter per stage and target, or per stage and tie; a tie stands at its first."""
+    tied: dict[Place, list[str]] = {}
+    for names in ties(rules):
+        for stage in Stage:
+            members = [t for t in names if (stage, t) in found]
+            tied |= {(stage, target): members for target in members if len(members) > 1}
+    parameters = []
+    for (stage, target), decisions in found.items():
+        first, *rest = tied.get((stage, target), [target])
+        if target == first:
+            shared = common_decisions(rules, stage, [first, *rest], offered) if rest else decisions
+            parameters.append(Parameter(stage, target, shared, tuple(rest)))
+    return tuple(parameters)

@@ -1,109 +1,131 @@
-"""The Optuna study: the record of every trial, in the run folder's SQLite file."""
+"""The study: which plans are proposed, and what is known of every one of them.
+
+Optuna's samplers work on a study in memory; what they learn from is on disk (see `record`), so that
+a killed search goes on with all of it. A storage on disk alone would take longer to write a trial's
+parameters than the trial takes.
+"""
 
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.storages import RDBStorage
+from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from autocompress.config import Objective, Sampler
 from autocompress.device import DeviceProfile
-from autocompress.errors import RunFolderError
 from autocompress.evaluate import Evaluation
 from autocompress.plan import Plan, candidate_name
-from autocompress.search.front import MAXIMISE, objective_values
+from autocompress.search.front import MAXIMISE, front_mask, objective_values
+from autocompress.search.record import JudgedLog, TrialRecord
+from autocompress.search.samplers import SamplerContext, make_sampler
 from autocompress.search.space import Space
 
-_NAME = "autocompress"
-_EVALUATION = "evaluation"
+EVALUATION = "evaluation"
+FINISHED_S = "finished_s"
+VIOLATIONS = "violations"
+TRAINED = "trained"
 _CANDIDATE = "candidate"
 _FAILURE = "failure"
-_DUPLICATE = "duplicate_of"
+_ORDER = "order"
 _INTERRUPTED = "interrupted"
-_SEEDS = "seeds"
 _MOST_INTERRUPTIONS = 5
 _DUPLICATES_IN_A_ROW = 20
 # Which of the profile's runtimes; no layer or group can be called so.
-_RUNTIME = "|runtime"
+RUNTIME = "|runtime"
+# These keep what they know between draws; the others are made anew for each.
+_LASTING: tuple[Sampler, ...] = ("mutation",)
 
 
 @final
 @dataclass(frozen=True)
 class Proposal:
-    """A trial that waits for its figures."""
+    """A plan that waits for its figures.
+
+    Attributes:
+        indices: the values of all parameters.
+        number: of the proposal, counted over all calls.
+        seeded: whether it was enqueued.
+    """
 
     trial: Trial
+    indices: Mapping[str, int]
     plan: Plan
     runtime: str
     candidate: str
+    number: int
+    seeded: bool = False
+
+
+@final
+@dataclass(frozen=True)
+class Sampling:
+    """How plans are proposed once the enqueued ones are used up."""
+
+    sampler: Sampler
+    seed: int
+    context: SamplerContext = SamplerContext()
 
 
 @final
 class Study:
-    """Proposes plans and keeps what came of them; every change is on disk when a call returns.
+    """Proposes plans and keeps what came of them.
 
     Args:
-        database: path of the SQLite file, made if missing.
+        folder: the run folder; holds the database and the log of judged plans.
         space: what may be chosen.
         profile: the device; with several runtimes each trial chooses one.
         objectives: what is optimised.
-        sampler: how plans are proposed once the enqueued ones are used up.
-        seed: of the sampler.
+        sampling: the sampler.
 
     Raises:
-        RunFolderError: the file is no study.
+        RunFolderError: the database is no study.
     """
 
     def __init__(
         self,
-        database: Path,
+        folder: Path,
         space: Space,
         profile: DeviceProfile,
         objectives: Sequence[Objective],
-        sampler: Sampler,
-        seed: int,
+        sampling: Sampling,
     ) -> None:
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
         directions = [
             StudyDirection.MAXIMIZE if MAXIMISE[name] else StudyDirection.MINIMIZE
             for name in objectives
         ]
-        try:
-            storage = RDBStorage(
-                f"sqlite:///{database}", engine_kwargs={"connect_args": {"timeout": 60}}
-            )
-            self._study = optuna.create_study(
-                study_name=_NAME, storage=storage, directions=directions, load_if_exists=True
-            )
-        except Exception as cause:
-            # Whatever the database layer raises, the file cannot serve as a study.
-            raise RunFolderError(
-                f"The study cannot be opened: {cause}",
-                given=database,
-                advice="give another folder with --run",
-            ) from cause
+        self._record = TrialRecord(folder / "study.sqlite3", directions)
+        self._log = JudgedLog(folder / "judged.jsonl")
+        self._study = optuna.create_study(directions=directions)
         self._space = space
         self._profile = profile
         self._objectives = tuple(objectives)
-        self._sampler = sampler
-        self._seed = seed
+        self._sampling = sampling
+        self._lasting: BaseSampler | None = None
         self._distributions: dict[str, BaseDistribution] = {
             p.name: IntDistribution(0, p.highest) for p in space.parameters
         }
         if len(profile.runtimes) > 1:
-            self._distributions[_RUNTIME] = IntDistribution(0, len(profile.runtimes) - 1)
+            self._distributions[RUNTIME] = IntDistribution(0, len(profile.runtimes) - 1)
         self._evaluations: dict[str, Evaluation] = {}
         self._failures: dict[str, str] = {}
+        self._judged: dict[str, Mapping[str, Any]] = {}
+        self._ids: dict[str, int] = {}
+        self._interruptions: dict[str, int] = {}
+        self._number = 0
+        self._front: list[Evaluation] = []
+        self._trained: dict[str, Evaluation] = {}
+        self._indices: dict[str, Mapping[str, int]] = {}
+        self._seeds: deque[Mapping[str, int]] = deque()
         self._recover()
 
     @property
@@ -112,106 +134,284 @@ class Study:
         return list(self._evaluations.values())
 
     @property
+    def evaluations_on_front(self) -> list[Evaluation]:
+        """Those that no other one dominates."""
+        return self._front
+
+    @property
     def failures(self) -> Mapping[str, str]:
         """Candidate's name and reason of every failed trial."""
         return self._failures
 
     @property
+    def trained(self) -> Mapping[str, Evaluation]:
+        """Of the evaluations those that were trained after the search, by candidate's name."""
+        return self._trained
+
+    def indices_of(self, candidate: str) -> Mapping[str, int]:
+        """The parameter values of an evaluated candidate that was not trained."""
+        return self._indices[candidate]
+
+    def keep_trained(self, evaluation: Evaluation, spent_s: float) -> None:
+        """Record a candidate that was trained; no sampler learns from it."""
+        attributes = {_CANDIDATE: evaluation.candidate, _ORDER: self._number, TRAINED: True}
+        trial_id = self._record.begin({}, {}, attributes)
+        values = objective_values(evaluation, self._objectives)
+        found = {EVALUATION: json.dumps(evaluation.to_dict()), FINISHED_S: round(spent_s, 2)}
+        self._record.finish(trial_id, TrialState.COMPLETE, values, found)
+        self._trained[evaluation.candidate] = evaluation
+        self._keep(evaluation)
+
+    @property
+    def judged(self) -> Mapping[str, Mapping[str, Any]]:
+        """What is known of plans that were judged and not measured, by candidate's name."""
+        return self._judged
+
+    @property
     def finished(self) -> int:
-        """Trials that ended, well or with a reason; duplicates and interrupted ones don't count."""
+        """Trials that were measured or failed; plans that were only judged don't count."""
         return len(self._evaluations) + len(self._failures)
 
     def enqueue(self, seeds: Sequence[Mapping[str, int]]) -> None:
-        """Put plans before those of the sampler, once per study; each in every runtime."""
-        done = int(self._study.user_attrs.get(_SEEDS, 0))
-        runtimes = range(len(self._profile.runtimes))
-        everywhere = [{**seed, _RUNTIME: i} for seed in seeds for i in runtimes]
-        for count, seed in enumerate(everywhere[done:], done + 1):
-            values = {name: seed.get(name, 0) for name in self._distributions}
-            self._study.enqueue_trial(values)
-            self._study.set_user_attr(_SEEDS, count)
+        """Put plans before those of the sampler, each in every runtime; known ones are passed over.
+
+        Args:
+            seeds: values by parameter; one that names a runtime is tried in that only.
+        """
+        for seed in seeds:
+            runtimes = [seed[RUNTIME]] if RUNTIME in seed else range(len(self._profile.runtimes))
+            for runtime in runtimes:
+                values = {**seed, RUNTIME: runtime}
+                values = {name: values.get(name, 0) for name in self._distributions}
+                _, _, name = self._meant(values)
+                if not self._is_known(name):
+                    self._seeds.append(values)
+
+    @property
+    def seeds_waiting(self) -> int:
+        """How many enqueued plans were not proposed yet; some of them may be known by now."""
+        return len(self._seeds)
 
     def propose(self) -> Proposal | None:
         """The next plan that was not tried yet; None when there seems to be none left."""
-        for attempt in range(2 * _DUPLICATES_IN_A_ROW):
-            exhausted = attempt >= _DUPLICATES_IN_A_ROW
-            self._study.sampler = self._make_sampler(attempt, uniform=exhausted)
+        attempts = 0
+        while attempts < 2 * _DUPLICATES_IN_A_ROW:
+            seeded = bool(self._seeds)
+            if seeded:
+                self._study.enqueue_trial(dict(self._seeds.popleft()))
+            exhausted = attempts >= _DUPLICATES_IN_A_ROW
+            self._study.sampler = self._make_sampler(attempts, uniform=exhausted)
             trial = self._study.ask(self._distributions)
+            attempts += not seeded
             plan, runtime, name = self._meant(trial.params)
-            known = self._evaluations.get(name)
-            if known is None and name not in self._failures and plan.steps:
-                trial.set_user_attr(_CANDIDATE, name)
-                return Proposal(trial, plan, runtime, name)
-            trial.set_user_attr(_DUPLICATE, name)
-            if known is None:
-                self._study.tell(trial, state=TrialState.FAIL)
-            else:
-                self._study.tell(trial, objective_values(known, self._objectives))
+            if not self._is_known(name) and name not in self._ids and plan.steps:
+                self._number += 1
+                # Two proposals under way must not be the same.
+                self._ids[name] = -1
+                indices = {k: int(v) for k, v in trial.params.items()}
+                return Proposal(trial, indices, plan, runtime, name, self._number, seeded)
+            # Not told as a result: it is in the study already, and a resumed search has it once.
+            self._study.tell(trial, state=TrialState.FAIL)
         return None
 
-    def succeed(self, proposal: Proposal, evaluation: Evaluation) -> None:
-        """Record a finished evaluation."""
-        proposal.trial.set_user_attr(_EVALUATION, json.dumps(evaluation.to_dict()))
-        self._study.tell(proposal.trial, objective_values(evaluation, self._objectives))
-        self._evaluations[evaluation.candidate] = evaluation
+    def begin_judging(self, proposal: Proposal) -> None:
+        """Note that a plan is about to be judged: one that ends the process is known by it."""
+        self._log.append(
+            {_CANDIDATE: proposal.candidate, "state": "begun", "indices": _sparse(proposal.indices)}
+        )
+
+    def keep_judgement(
+        self, proposal: Proposal, judgement: Mapping[str, Any], spent_s: float = 0.0
+    ) -> None:
+        """Note what judging found, after so many seconds of search; it may still be measured."""
+        self._log.append(
+            {
+                _CANDIDATE: proposal.candidate, "state": "judged", _ORDER: proposal.number,
+                "indices": _sparse(proposal.indices), "judgement": dict(judgement),
+                FINISHED_S: round(spent_s, 2),
+            }
+        )  # fmt: skip
+        self._judged[proposal.candidate] = judgement
+
+    def set_aside(self, proposal: Proposal) -> None:
+        """Leave a judged plan unmeasured."""
+        self._study.tell(proposal.trial, state=TrialState.PRUNED)
+        del self._ids[proposal.candidate]
+
+    def start(self, proposal: Proposal) -> None:
+        """Note that a plan is about to be built and measured."""
+        attributes = {
+            _CANDIDATE: proposal.candidate,
+            _ORDER: proposal.number,
+            _INTERRUPTED: self._interruptions.get(proposal.candidate, 0),
+        }
+        self._ids[proposal.candidate] = self._record.begin(
+            proposal.indices, self._distributions, attributes
+        )
+
+    def succeed(
+        self,
+        proposal: Proposal,
+        evaluation: Evaluation,
+        spent_s: float = 0.0,
+        violations: Sequence[float] = (),
+    ) -> None:
+        """Record a finished evaluation.
+
+        Args:
+            spent_s: seconds of the search until now.
+            violations: by how much it misses the hard limits, 0 or less where it holds one.
+        """
+        values = objective_values(evaluation, self._objectives)
+        attributes = {
+            EVALUATION: json.dumps(evaluation.to_dict()),
+            FINISHED_S: round(spent_s, 2),
+            VIOLATIONS: list(violations),
+        }
+        self._record.finish(self._started(proposal), TrialState.COMPLETE, values, attributes)
+        proposal.trial.set_user_attr(VIOLATIONS, list(violations))
+        self._study.tell(proposal.trial, values)
+        self._indices[evaluation.candidate] = proposal.indices
+        self._keep(evaluation)
+        del self._ids[proposal.candidate]
 
     def fail(self, proposal: Proposal, reason: str) -> None:
         """Record a candidate that could not be built or measured."""
-        proposal.trial.set_user_attr(_FAILURE, reason)
+        trial_id = self._started(proposal)
+        self._record.finish(trial_id, TrialState.FAIL, None, {_FAILURE: reason})
         self._study.tell(proposal.trial, state=TrialState.FAIL)
         self._failures[proposal.candidate] = reason
+        del self._ids[proposal.candidate]
+
+    def _keep(self, evaluation: Evaluation) -> None:
+        self._evaluations[evaluation.candidate] = evaluation
+        # Only the front's members can still be dominated, or dominate.
+        known = [*self._front, evaluation]
+        mask = front_mask(known, self._objectives)
+        self._front = [e for e, on in zip(known, mask, strict=True) if on]
+
+    def _started(self, proposal: Proposal) -> int:
+        if self._ids[proposal.candidate] < 0:
+            self.start(proposal)
+        return self._ids[proposal.candidate]
+
+    def _is_known(self, name: str) -> bool:
+        return name in self._evaluations or name in self._failures or name in self._judged
 
     def _meant(self, values: Mapping[str, int]) -> tuple[Plan, str, str]:
         """Plan, runtime and candidate's name that parameter values stand for."""
         plan = self._space.plan(values)
-        runtime = self._profile.runtime_names[values.get(_RUNTIME, 0)]
+        runtime = self._profile.runtime_names[values.get(RUNTIME, 0)]
         return plan, runtime, candidate_name(plan.hash, runtime, self._profile.runtime_names[0])
 
     def _recover(self) -> None:
-        """Take in what earlier calls finished; trials that were interrupted are tried again."""
-        interrupted: list[FrozenTrial] = []
-        for trial in self._study.get_trials(deepcopy=False):
-            found = trial.user_attrs.get(_EVALUATION)
-            if found is not None:
-                evaluation = Evaluation.from_dict(json.loads(found))
-                if trial.state == TrialState.RUNNING:
-                    # Killed between keeping the figures and closing the trial.
-                    self._study.tell(trial.number, objective_values(evaluation, self._objectives))
-                self._evaluations[evaluation.candidate] = evaluation
+        """Take in what earlier calls finished; what they left undone is tried again."""
+        found: list[tuple[int, FrozenTrial]] = []
+        interrupted: dict[str, FrozenTrial] = {}
+        for trial in self._record.trials():
+            order = int(trial.user_attrs.get(_ORDER, 0))
+            self._number = max(self._number, order)
+            name = str(trial.user_attrs[_CANDIDATE])
+            if TRAINED in trial.user_attrs:
+                self._take_trained(trial)
+            elif EVALUATION in trial.user_attrs:
+                found.append((order, self._finished(trial)))
             elif _FAILURE in trial.user_attrs:
+                self._failures[name] = trial.user_attrs[_FAILURE]
                 if trial.state == TrialState.RUNNING:
-                    self._study.tell(trial.number, state=TrialState.FAIL)
-                self._failures[trial.user_attrs[_CANDIDATE]] = trial.user_attrs[_FAILURE]
+                    self._record.finish(trial._trial_id, TrialState.FAIL, None, {})
             elif trial.state == TrialState.RUNNING:
-                interrupted.append(trial)
-        for trial in interrupted:
-            # A kill between the two leads to a duplicate, which is harmless, and to no loss.
-            self._retry(trial)
-            self._study.tell(trial.number, state=TrialState.FAIL)
+                interrupted[name] = trial
+        found += self._judged_before()
+        for _, done in sorted(found, key=lambda pair: pair[0]):
+            self._study.add_trial(done)
+        for name, trial in interrupted.items():
+            self._retry(name, trial)
 
-    def _retry(self, trial: FrozenTrial) -> None:
+    def _take_trained(self, trial: FrozenTrial) -> None:
+        """One that was killed before its figures were kept is trained anew, from its checkpoint."""
+        if EVALUATION in trial.user_attrs:
+            evaluation = Evaluation.from_dict(json.loads(trial.user_attrs[EVALUATION]))
+            self._trained[evaluation.candidate] = evaluation
+            self._keep(evaluation)
+        elif trial.state == TrialState.RUNNING:
+            self._record.finish(trial._trial_id, TrialState.FAIL, None, {})
+
+    def _finished(self, trial: FrozenTrial) -> FrozenTrial:
+        """A measured trial for the study in memory."""
+        evaluation = Evaluation.from_dict(json.loads(trial.user_attrs[EVALUATION]))
+        values = objective_values(evaluation, self._objectives)
+        if trial.state == TrialState.RUNNING:
+            # Killed between keeping the figures and closing the trial.
+            self._record.finish(trial._trial_id, TrialState.COMPLETE, values, {})
+        self._indices[evaluation.candidate] = trial.params
+        self._keep(evaluation)
+        attributes = {VIOLATIONS: trial.user_attrs.get(VIOLATIONS, [])}
+        return self._frozen(TrialState.COMPLETE, trial.params, values, attributes)
+
+    def _judged_before(self) -> list[tuple[int, FrozenTrial]]:
+        """Plans that were judged and not measured; those that ended the process are failures."""
+        begun: dict[str, int] = {}
+        found: list[tuple[int, FrozenTrial]] = []
+        for line in self._log.lines():
+            name = str(line[_CANDIDATE])
+            if line["state"] == "begun":
+                begun[name] = begun.get(name, 0) + 1
+                continue
+            begun[name] = 0
+            self._number = max(self._number, int(line[_ORDER]))
+            self._judged[name] = line["judgement"]
+            if name not in self._evaluations and name not in self._failures:
+                pruned = self._frozen(TrialState.PRUNED, line["indices"], None, {})
+                found.append((int(line[_ORDER]), pruned))
+        for name, times in begun.items():
+            if times > _MOST_INTERRUPTIONS:
+                self._failures[name] = f"the search was interrupted {times} times while judging it"
+        return found
+
+    def _frozen(
+        self,
+        state: TrialState,
+        params: Mapping[str, int],
+        values: Sequence[float] | None,
+        attributes: Mapping[str, Any],
+    ) -> FrozenTrial:
+        return create_trial(
+            state=state,
+            values=values,
+            params={name: params.get(name, 0) for name in self._distributions},
+            distributions=self._distributions,
+            user_attrs=dict(attributes),
+        )
+
+    def _retry(self, name: str, trial: FrozenTrial) -> None:
+        """Try an interrupted trial again; its row in the database is closed."""
         times = int(trial.user_attrs.get(_INTERRUPTED, 0)) + 1
-        # A trial that was killed while it was drawn has only what it was enqueued with.
-        values = trial.system_attrs.get("fixed_params", trial.params)
-        if _DUPLICATE in trial.user_attrs or len(values) < len(self._distributions):
-            return
-        _, _, name = self._meant(values)
         if times > _MOST_INTERRUPTIONS:
             # A plan that ends the whole process each time must not stop the search for good.
             reason = f"the search was interrupted {times} times while trying it"
-            kept = Trial(self._study, trial._trial_id)
-            kept.set_user_attr(_CANDIDATE, name)
-            kept.set_user_attr(_FAILURE, reason)
+            self._record.finish(trial._trial_id, TrialState.FAIL, None, {_FAILURE: reason})
             self._failures[name] = reason
             return
-        self._study.enqueue_trial(values, user_attrs={_INTERRUPTED: times})
+        # A kill between the two leads to a duplicate, which is harmless, and to no loss.
+        self._interruptions[name] = times
+        self._judged.pop(name, None)
+        self._seeds.append(dict(trial.params))
+        self._record.finish(trial._trial_id, TrialState.FAIL, None, {})
 
     def _make_sampler(self, attempt: int, *, uniform: bool) -> BaseSampler:
         """A sampler whose seed depends on what is finished only, so that a resumed run agrees."""
-        entropy = np.random.SeedSequence([self._seed, self.finished, attempt])
+        sampling = self._sampling
+        if not uniform and sampling.sampler in _LASTING:
+            if self._lasting is None:
+                self._lasting = make_sampler(sampling.sampler, sampling.seed, sampling.context)
+            return self._lasting
+        entropy = np.random.SeedSequence(
+            [sampling.seed, self.finished + len(self._judged), attempt]
+        )
         seed = int(entropy.generate_state(1)[0])
-        if uniform or self._sampler == "random":
-            return RandomSampler(seed=seed)
-        if self._sampler == "nsga2":
-            return NSGAIISampler(seed=seed)
-        return TPESampler(seed=seed, n_startup_trials=8, multivariate=True)
+        return make_sampler("random" if uniform else sampling.sampler, seed, sampling.context)
+
+
+def _sparse(indices: Mapping[str, int]) -> dict[str, int]:
+    return {name: index for name, index in indices.items() if index}

@@ -54,7 +54,10 @@ def thin_space(
     reasons: list[str] = []
     for parameter in space.parameters:
         dropped: Mapping[Decision, str] = {}
-        if parameter.stage is Stage.PRUNE:
+        if parameter.tied:
+            # What does not pay for one of several targets may pay for the others.
+            pass
+        elif parameter.stage is Stage.PRUNE:
             group = next((g for g in graph.groups if g.name == parameter.target), None)
             if group is not None:
                 dropped = _slow_prunings(parameter, group, variants, table, profile)
@@ -64,7 +67,7 @@ def thin_space(
         kept = tuple(d for d in parameter.decisions if d not in dropped)
         if kept:
             parameters.append(replace(parameter, decisions=kept))
-    return Thinned(Space(tuple(parameters)), tuple(reasons))
+    return Thinned(replace(space, parameters=tuple(parameters)), tuple(reasons))
 
 
 def latency_alone(objectives: Sequence[Objective]) -> bool:

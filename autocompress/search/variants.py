@@ -73,7 +73,7 @@ def find_variants(
                 and isinstance(decision, Precision)
                 and decision.granularity != "tensor"
             ):
-                offered.setdefault(decision, set()).add(parameter.target)
+                offered.setdefault(decision, set()).update(parameter.targets)
     floating = exporter.export(workload.network)
     found = [_variant(None, frozenset(), floating, floating.graph.model, profile)]
     inputs = [x[:_RANGE_SAMPLES].numpy() for x in workload.calibration.inputs]

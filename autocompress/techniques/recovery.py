@@ -26,6 +26,9 @@ class Recover(Decision):
         temperature: of the softened class scores; low ones leave the labels more of a say.
         pruning_rounds: in so many rounds single weights are pruned, with a share of the training
             after each; 1 prunes at once.
+        cycles: of training, each twice as long as the one before it and with a warm-up and cosine
+            of its own up to the same peak (Loshchilov & Hutter 2017, SGDR, section 3, T_mult = 2).
+            `epochs` are those of the first, in which the pruning rounds are.
     """
 
     technique: ClassVar[str] = "recover"
@@ -34,6 +37,12 @@ class Recover(Decision):
     learning_rate: float = Field(default=0.05, gt=0, le=1)
     temperature: float = Field(default=2.0, ge=1, le=20)
     pruning_rounds: int = Field(default=1, ge=1, le=16)
+    cycles: int = Field(default=1, ge=1, le=8)
+
+
+def cycle_epochs(decision: Recover, number: int) -> float:
+    """Epochs of a decision's training cycle, counted from 0."""
+    return float(decision.epochs * 2**number)
 
 
 def _choices(

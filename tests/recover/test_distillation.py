@@ -21,12 +21,12 @@ from autocompress.recover.distillation import (
     LabelLoss,
     ResponseLoss,
     ResponseTerm,
-    Teacher,
     hard_label_loss,
     relative_error,
     softened_divergence,
 )
 from autocompress.recover.features import Adapters, FeatureLoss, FeatureMap, find_maps
+from autocompress.recover.teacher import Teacher
 from autocompress.recover.training import Batch, train
 from autocompress.techniques.filter_prune import FilterPrune
 from autocompress.techniques.low_rank import LowRank
@@ -107,51 +107,6 @@ def test_integers_are_labels_only_of_class_scores() -> None:
     with_labels = ResponseLoss(Teacher(make_network()), term, alpha=0.5)(student, batch)
     without = ResponseLoss(Teacher(make_network()), term, alpha=0)(student, batch)
     assert torch.equal(with_labels, without)
-
-
-class _Counting(nn.Module):
-    """Counts the samples that a network is run on."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network, self.samples = network, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.samples += len(x)
-        return self.network(x)
-
-
-def test_remembered_outputs_are_computed_once_and_are_the_same() -> None:
-    split = make_split(300)
-    teacher = _Counting(make_network()).eval()
-    remembering, forgetting = Teacher(teacher, split.inputs), Teacher(teacher)
-    for first in (0, 7):
-        samples = torch.arange(first, 300, 9)
-        batch = Batch(split.subset(samples).inputs, None, samples)
-        (kept,), (fresh,) = remembering.outputs(batch), forgetting.outputs(batch)
-        torch.testing.assert_close(kept, fresh)
-        assert not kept.requires_grad
-    assert teacher.samples == 300 + len(range(0, 300, 9)) + len(range(7, 300, 9))
-    augmented = Batch((split.inputs[0][:4] + 1,), None, None)
-    torch.testing.assert_close(
-        remembering.outputs(augmented)[0], forgetting.run(augmented.inputs)[0]
-    )
-
-
-def test_outputs_that_are_too_large_are_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autocompress.recover.distillation._CACHE_BYTES", 300 * 3 * 4 - 1)
-    split = make_split(300)
-    teacher = _Counting(make_network()).eval()
-    remembering = Teacher(teacher, split.inputs)
-    batch = batch_of(split)
-    for _ in range(2):
-        torch.testing.assert_close(remembering.outputs(batch)[0], teacher.network(*batch.inputs))
-    assert teacher.samples == 128 + 2 * 8
-
-
-def test_a_teacher_in_training_mode_is_refused() -> None:
-    with pytest.raises(WorkloadError, match="training mode"):
-        Teacher(make_network().train())
 
 
 def test_the_ends_of_blocks_are_chosen() -> None:
@@ -263,7 +218,7 @@ def test_distillation_lowers_its_loss_and_leaves_the_teacher_alone(kind: str) ->
     teacher, student = make_network(0, dropout=0), make_network(1, width=3, dropout=0)
     split = Split(make_split().inputs)
     loss = (
-        ResponseLoss(Teacher(teacher, split.inputs), ResponseTerm(4.0))
+        ResponseLoss(Teacher(teacher), ResponseTerm(4.0))
         if kind == "response"
         else feature_loss(student, teacher, kind == "both")
     )

@@ -21,7 +21,13 @@ from trainable import (
 )
 
 from autocompress import Split
-from autocompress.errors import ConfigError, PlanError, RunFolderError, WorkloadError
+from autocompress.errors import (
+    ConfigError,
+    OutOfTimeError,
+    PlanError,
+    RunFolderError,
+    WorkloadError,
+)
 from autocompress.recover import training as training_module
 from autocompress.recover.autocast import bf16_pays
 from autocompress.recover.schedule import epoch_batches, learning_rate_share, split_off
@@ -94,6 +100,69 @@ def test_a_killed_training_goes_on_and_ends_as_if_nothing_had_been(
     # The step of the kill is done again, and where only epochs are saved all since its beginning.
     done = after - 1 if every_s == 0 else (after - 1) // 6 * 6
     assert seen[0] == done and seen[-1] == report.steps - 1
+
+
+@pytest.mark.parametrize("stops", [[1], [6], [5, 6, 7], [12, 17], list(range(1, 18))])
+def test_a_stopped_training_goes_on_and_ends_as_if_nothing_had_been(
+    stops: list[int], tmp_path: Path
+) -> None:
+    """Steps 6, 12 and 18 are the last of an epoch."""
+    whole, report = trained(FAST)
+    steps = [0]
+
+    def count(step: int, number: int) -> None:
+        steps[0] = step + 1
+
+    for stop in stops:
+        context = TrainingContext(
+            tmp_path, "me", before_step=count, stop=lambda s=stop: steps[0] >= s
+        )
+        with pytest.raises(OutOfTimeError, match=f"{stop} of 18 steps") as caught:
+            trained(FAST, context)
+        assert "goes on from its checkpoint" in str(caught.value)
+    resumed, report_resumed = trained(FAST, TrainingContext(tmp_path, "me", before_step=count))
+    assert equal(whole, resumed) and results(report) == results(report_resumed)
+
+
+def test_the_end_comes_before_the_stop() -> None:
+    """After the last step there is nothing left to stop."""
+    steps = [0]
+
+    def count(step: int, number: int) -> None:
+        steps[0] = step + 1
+
+    context = TrainingContext(before_step=count, stop=lambda: steps[0] == 18)
+    _, report = trained(FAST, context)
+    assert report.steps == 18
+    with pytest.raises(OutOfTimeError, match="give it a folder"):
+        trained(FAST, TrainingContext(stop=lambda: True))
+
+
+@pytest.mark.parametrize("before", [1, 0.5, 2])
+def test_a_later_training_sees_other_orders_and_the_same_held_out_samples(before: float) -> None:
+    first, later = CrossEntropy(), CrossEntropy()
+    train(make_network(), make_split(), first, replace(FAST, epochs=3))
+    train(make_network(), make_split(), later, replace(FAST, epochs=1, epochs_before=before))
+    orders, (order,) = (
+        [torch.cat(loss.samples[i : i + 6]).tolist() for i in range(0, len(loss.samples), 6)]
+        for loss in (first, later)
+    )
+    assert order == orders[math.ceil(before)]
+    assert sorted(order) == sorted(orders[0])
+
+
+def test_random_numbers_do_not_come_again_in_a_later_training() -> None:
+    drawn: list[float] = []
+
+    def noise(inputs: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
+        drawn.append(float(torch.rand((), generator=generator)))
+        drawn.append(float(torch.rand(())))
+        return inputs
+
+    for before in (0, 0.5, 1):
+        settings = replace(FAST, epochs=0.5, epochs_before=before)
+        trained(settings, TrainingContext(augment=noise))
+    assert len(drawn) == len(set(drawn)) == 18
 
 
 def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:

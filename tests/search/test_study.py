@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sqlite3
 
 import pytest
@@ -8,8 +9,9 @@ from hypothesis import strategies as st
 
 from autocompress.device import load_profile
 from autocompress.errors import RunFolderError
+from autocompress.search.front import front_mask
 from autocompress.search.space import Parameter, Space
-from autocompress.search.study import Study
+from autocompress.search.study import Sampling, Study
 from autocompress.techniques import Stage
 from autocompress.techniques.filter_prune import FilterPrune
 
@@ -27,7 +29,7 @@ BOTH = load_profile("cpu_openvino")
 
 
 def open_study(path, space=SPACE, seed=0, sampler="tpe", device=CPU):
-    return Study(path / "study.sqlite3", space, device, OBJECTIVES, sampler, seed)
+    return Study(path, space, device, OBJECTIVES, Sampling(sampler, seed))
 
 
 def figures(plan, make_evaluation):
@@ -47,7 +49,7 @@ def run(study, count, make_evaluation):
     return hashes
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "mutation"])
 def test_the_same_seed_proposes_the_same_plans(tmp_path, make_evaluation, sampler):
     lists = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -81,24 +83,75 @@ def test_figures_that_were_kept_before_the_kill_are_not_lost(tmp_path, make_eval
     study = open_study(tmp_path)
     proposal = study.propose()
     evaluation = figures(proposal.plan, make_evaluation)
-    import json
-
-    proposal.trial.set_user_attr("evaluation", json.dumps(evaluation.to_dict()))
+    study.start(proposal)
+    storage, trial = study._record._storage, study._ids[proposal.candidate]
+    # What `succeed` writes first; the kill comes before the rest.
+    storage.set_trial_user_attr(trial, "evaluation", json.dumps(evaluation.to_dict()))
     again = open_study(tmp_path)
     assert [e.candidate for e in again.evaluations] == [proposal.plan.hash]
     assert again.evaluations[0] == evaluation
     assert again.propose().plan.hash != proposal.plan.hash
 
 
-def test_a_plan_that_ends_the_process_each_time_is_given_up(tmp_path):
-    first = open_study(tmp_path).propose().plan.hash
+def begin_to_measure(study):
+    proposal = study.propose()
+    study.start(proposal)
+    return proposal.plan.hash
+
+
+def begin_to_judge(study):
+    proposal = study.propose()
+    study.begin_judging(proposal)
+    return proposal.plan.hash
+
+
+@pytest.mark.parametrize("begin", [begin_to_measure, begin_to_judge])
+def test_a_plan_that_ends_the_process_each_time_is_given_up(tmp_path, begin):
+    first = begin(open_study(tmp_path))
     for _ in range(5):
-        assert open_study(tmp_path).propose().plan.hash == first
+        assert begin(open_study(tmp_path)) == first
     study = open_study(tmp_path)
     assert "interrupted" in study.failures[first]
     assert first in open_study(tmp_path).failures
     assert study.finished == 1
     assert study.propose().plan.hash != first
+
+
+def test_judged_plans_are_known_after_a_kill_and_not_proposed_again(tmp_path, make_evaluation):
+    study = open_study(tmp_path)
+    judged = []
+    for _ in range(3):
+        proposal = study.propose()
+        study.begin_judging(proposal)
+        study.keep_judgement(proposal, {"loss": 0.5}, 1.0)
+        study.set_aside(proposal)
+        judged.append(proposal.candidate)
+    # The kill cuts the last line off.
+    with (tmp_path / "judged.jsonl").open("ab") as file:
+        file.write(b'{"candidate": "abc", "sta')
+    again = open_study(tmp_path)
+    assert list(again.judged) == judged
+    assert again.finished == 0
+    assert not set(run(again, 10, make_evaluation)) & set(judged)
+
+
+def test_trained_candidates_are_kept_and_teach_no_sampler(tmp_path, make_evaluation):
+    study = open_study(tmp_path)
+    run(study, 2, make_evaluation)
+    trained = make_evaluation("trained00000", 0.99, 5.0)
+    study.keep_trained(trained, 12.0)
+    again = open_study(tmp_path)
+    assert list(again.trained) == ["trained00000"]
+    assert again.evaluations[-1] == trained
+    assert len(again._study.trials) == 2
+
+
+def test_the_front_is_kept_as_points_come_in(tmp_path, make_evaluation):
+    study = open_study(tmp_path)
+    run(study, 12, make_evaluation)
+    mask = front_mask(study.evaluations, OBJECTIVES)
+    expected = {e.candidate for e, on in zip(study.evaluations, mask, strict=True) if on}
+    assert {e.candidate for e in study.evaluations_on_front} == expected
 
 
 def test_failures_count_and_are_not_tried_again(tmp_path, make_evaluation):

@@ -1,0 +1,42 @@
+"""The memory layout of images: channels last is faster wherever a network takes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.recover.training_types import Inputs
+
+_TRIAL_SAMPLES = 2
+
+
+def takes_channels_last(network: nn.Module, inputs: Inputs) -> bool:
+    """Whether a network has 2-D convolutions and computes from images in channels-last layout.
+
+    Tried on two samples, since a `view` of a map may refuse that layout. The convolutions pass
+    their inputs' layout on, so the weights may stay as they are.
+
+    Args:
+        network: in evaluation mode; not changed.
+        inputs: one tensor per network input, on the network's device.
+    """
+    images = any(x.ndim == 4 and x.is_floating_point() for x in inputs)
+    if not images or not any(isinstance(module, nn.Conv2d) for module in network.modules()):
+        return False
+    try:
+        with torch.no_grad():
+            network(*channels_last(tuple(x[:_TRIAL_SAMPLES] for x in inputs)))
+    except RuntimeError:
+        return False
+    return True
+
+
+def channels_last(inputs: Inputs) -> Inputs:
+    """The inputs with those of shape (n, channels, height, width) copied to channels last."""
+    return tuple(_copied(x) if x.ndim == 4 else x for x in inputs)
+
+
+def _copied(x: Tensor) -> Tensor:
+    # Not `contiguous`: with one channel it takes both layouts for the same and changes nothing.
+    target = torch.empty_like(x, memory_format=torch.channels_last)
+    return target.copy_(x)

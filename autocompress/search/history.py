@@ -1,0 +1,41 @@
+"""When a run found what it found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import optuna
+
+from autocompress.errors import RunFolderError
+from autocompress.evaluate import Evaluation
+from autocompress.search.record import STUDY_NAME
+from autocompress.search.study import EVALUATION, FINISHED_S
+
+
+def read_history(run: Path) -> list[tuple[float, Evaluation]]:
+    """Every measured candidate with the seconds of search after which it was finished, in order.
+
+    Seconds count over all calls that worked in the folder, set-up included.
+
+    Raises:
+        RunFolderError: there is no study in the folder.
+    """
+    database = run / "study.sqlite3"
+    if not database.is_file():
+        raise RunFolderError("There is no study in the folder.", given=run)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        study = optuna.load_study(study_name=STUDY_NAME, storage=f"sqlite:///{database}")
+    except Exception as cause:
+        # Whatever the database layer raises, the file is no study.
+        raise RunFolderError(f"The study cannot be read: {cause}", given=database) from cause
+    found = [
+        (
+            float(trial.user_attrs.get(FINISHED_S, 0.0)),
+            Evaluation.from_dict(json.loads(trial.user_attrs[EVALUATION])),
+        )
+        for trial in study.get_trials(deepcopy=False)
+        if EVALUATION in trial.user_attrs
+    ]
+    return sorted(found, key=lambda pair: pair[0])

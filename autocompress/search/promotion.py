@@ -1,0 +1,139 @@
+"""Which of the judged plans is measured next: the one that is expected to add most to the front."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autocompress.config import Objective
+from autocompress.evaluate import Evaluation
+from autocompress.pareto import hypervolume, non_dominated
+from autocompress.search.front import MAXIMISE, objective_values
+from autocompress.search.judge import Judgement, is_dominated
+from autocompress.search.study import Proposal
+
+# A share of the original's metric; what loses more is no use to anybody.
+_WORST_METRIC = 0.25
+_WORST_COST = 1.05
+_TINY = 1e-12
+
+
+@final
+@dataclass(frozen=True)
+class Judged:
+    """A proposal that may be measured."""
+
+    proposal: Proposal
+    judgement: Judgement
+
+
+@final
+class FrontGain:
+    """How much hypervolume estimated points would add to a front.
+
+    Of the metric's loss, as a share of a quarter of the original's metric, the root counts: the
+    first half point matters as much as the next one and a half. Of costs the logarithm counts:
+    twice as fast is worth the same wherever one starts.
+
+    Args:
+        original: the original network on the search split.
+    """
+
+    def __init__(
+        self,
+        measured: Sequence[Evaluation],
+        original: Evaluation,
+        objectives: Sequence[Objective],
+    ) -> None:
+        self._objectives = tuple(objectives)
+        self._base = np.array(objective_values(original, objectives))
+        values = [objective_values(e, objectives) for e in measured]
+        costs = self._costs(np.array(values).reshape(-1, len(objectives)))
+        keep = non_dominated(costs, maximise=[False] * len(objectives))
+        self._front = costs[keep]
+        self._volume = self._measure(self._front)
+
+    def of(self, values: Sequence[float]) -> float:
+        """The gain of a point in the objectives' own units; unknown ones count as the original's."""
+        point = np.array(values, dtype=np.float64)
+        point = np.where(np.isfinite(point), point, self._base)
+        cost = self._costs(point[None])
+        return self._measure(np.concatenate([self._front, cost])) - self._volume
+
+    def _costs(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        columns = []
+        for column, base, name in zip(values.T, self._base, self._objectives, strict=True):
+            if MAXIMISE[name]:
+                lost = (base - column) / (_WORST_METRIC * abs(base) or 1.0)
+                columns.append(np.sign(lost) * np.sqrt(np.abs(lost)))
+            else:
+                columns.append(np.log(np.maximum(column, _TINY) / max(base, _TINY)))
+        return np.stack(columns, axis=1)
+
+    def _measure(self, costs: NDArray[np.float64]) -> float:
+        reference = [1.0 if MAXIMISE[n] else math.log(_WORST_COST) for n in self._objectives]
+        return hypervolume(costs, reference, maximise=[False] * len(self._objectives))
+
+
+@final
+class Pool:
+    """Judged plans that wait; the least promising ones leave when it is full.
+
+    Args:
+        size: how many may wait.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._waiting: list[Judged] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, judged: Judged) -> None:
+        """Let a plan wait."""
+        self._waiting.append(judged)
+
+    def take(
+        self,
+        gain: FrontGain,
+        measured: Sequence[Evaluation],
+        objectives: Sequence[Objective],
+        *,
+        anything: bool,
+    ) -> tuple[Judged | None, list[Judged]]:
+        """The plan with the largest expected gain, and those that have no place any more.
+
+        Those leave that are now dominated beyond doubt.
+
+        Args:
+            gain: of the present front.
+            measured: points that must not dominate a plan.
+            anything: take the first also if it promises no gain.
+        """
+        alive: list[Judged] = []
+        gone: list[Judged] = []
+        for judged in self._waiting:
+            lost = is_dominated(judged.judgement.estimates, measured, objectives)
+            (gone if lost else alive).append(judged)
+        gains = [self._gain(gain, judged, objectives) for judged in alive]
+        order = sorted(range(len(alive)), key=lambda i: -gains[i])
+        taken = alive[order[0]] if order and (anything or gains[order[0]] > 0) else None
+        rest = [alive[i] for i in order if alive[i] is not taken]
+        self._waiting, dropped = rest[: self._size], rest[self._size :]
+        return taken, [*gone, *dropped]
+
+    def clear(self) -> list[Judged]:
+        """Let all go."""
+        gone, self._waiting = self._waiting, []
+        return gone
+
+    @staticmethod
+    def _gain(gain: FrontGain, judged: Judged, objectives: Sequence[Objective]) -> float:
+        estimates = judged.judgement.estimates
+        return gain.of([estimates[n].value if n in estimates else math.nan for n in objectives])

@@ -1,0 +1,131 @@
+"""What a search keeps on disk of its trials: an Optuna database, and a log of what was judged.
+
+Trials that are measured are in the database, in a row each. Plans that were only judged are many and
+cheap, and a database row would cost more than the judging: they are lines of a file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy import event
+
+from autocompress.errors import RunFolderError
+
+STUDY_NAME = "autocompress"
+
+
+@final
+class TrialRecord:
+    """The Optuna database of a run: every measured trial once, on disk when a call returns.
+
+    Args:
+        database: path of the SQLite file, made if missing.
+        directions: one per objective.
+
+    Raises:
+        RunFolderError: the file is no study.
+    """
+
+    def __init__(self, database: Path, directions: Sequence[StudyDirection]) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        try:
+            self._storage = RDBStorage(
+                f"sqlite:///{database}", engine_kwargs={"connect_args": {"timeout": 60}}
+            )
+            event.listen(self._storage.engine, "connect", _write_ahead)
+            # Connections that were opened before do not write ahead.
+            self._storage.engine.dispose()
+            study = optuna.create_study(
+                study_name=STUDY_NAME,
+                storage=self._storage,
+                directions=directions,
+                load_if_exists=True,
+            )
+        except Exception as cause:
+            # Whatever the database layer raises, the file cannot serve as a study.
+            raise RunFolderError(
+                f"The study cannot be opened: {cause}",
+                given=database,
+                advice="give another folder with --run",
+            ) from cause
+        self._study_id = study._study_id
+
+    def trials(self) -> list[FrozenTrial]:
+        """All trials in the order in which they were begun."""
+        return self._storage.get_all_trials(self._study_id)
+
+    def begin(
+        self,
+        params: Mapping[str, int],
+        distributions: Mapping[str, BaseDistribution],
+        user_attrs: Mapping[str, Any],
+    ) -> int:
+        """Note that a trial is about to be measured; its id in the database."""
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params=dict(params),
+            distributions=dict(distributions),
+            user_attrs=dict(user_attrs),
+        )
+        return self._storage.create_new_trial(self._study_id, template)
+
+    def finish(
+        self,
+        trial_id: int,
+        state: TrialState,
+        values: Sequence[float] | None,
+        user_attrs: Mapping[str, Any],
+    ) -> None:
+        """Note how a trial ended; first what is known of it, then its end."""
+        for key, value in user_attrs.items():
+            self._storage.set_trial_user_attr(trial_id, key, value)
+        self._storage.set_trial_state_values(trial_id, state, values)
+
+
+def _write_ahead(connection: Any, _: object) -> None:
+    # A commit then survives a kill of this process without waiting for the disk.
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+@final
+class JudgedLog:
+    """Lines of JSON, one for each plan that was begun to be judged and one for its judgement.
+
+    Args:
+        path: of the file, made if missing; a last line that a kill cut off is passed over.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # A cut line must not swallow the next one.
+        if path.is_file() and path.stat().st_size and path.read_bytes()[-1:] != b"\n":
+            with path.open("ab") as file:
+                file.write(b"\n")
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add a line; it outlives this process when the call returns."""
+        with self._path.open("ab") as file:
+            file.write(json.dumps(dict(line), separators=(",", ":")).encode() + b"\n")
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """All lines so far."""
+        if not self._path.is_file():
+            return
+        with self._path.open("rb") as file:
+            for text in file:
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    continue
+                if isinstance(line, dict):
+                    yield line

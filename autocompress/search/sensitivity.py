@@ -1,0 +1,306 @@
+"""Sensitivity: how much the outputs change with a single decision, everything else unchanged.
+
+Many changed networks run in one pass: a batch holds the same samples once for the original network
+and once for every change, and each changed layer is computed anew for its own part. Batch norms are
+repaired in passing, by what the change did to the moments of its part against the original's.
+
+The number of samples is chosen so that all passes together cost the same whatever the network's
+depth, within limits: with both passes and samples growing with the depth, the cost would grow with
+its square.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autocompress.bank import Bank
+from autocompress.bank.changes import changed_layers
+from autocompress.bank.store import make_key, network_hash, tensors_hash
+from autocompress.files import write_json
+from autocompress.graph.layers import NORM_TYPES, flatten_outputs
+from autocompress.plan import Decision
+from autocompress.search.costs.factored import Factor, FactoredSum
+from autocompress.search.space import Parameter, Space
+from autocompress.techniques import NETWORK
+
+# Multiply-accumulates of all passes together, as far as the limits of the samples allow.
+_WORK = 3e11
+_SAMPLES = (16, 64)
+# Samples of a pass: more do not make it more efficient.
+_PASS = 512
+_TINY = 1e-12
+_VERSION = 1
+
+
+@final
+@dataclass(frozen=True)
+class Change:
+    """A single decision for a single target."""
+
+    target: str
+    decision: Decision
+
+    @property
+    def key(self) -> str:
+        """Tells it from others."""
+        row = {"technique": self.decision.technique, **self.decision.model_dump(mode="json")}
+        return make_key(self.target, row)
+
+
+@final
+@dataclass(frozen=True)
+class Sensitivities:
+    """The loss of every single decision.
+
+    Attributes:
+        losses: by `Change.key`: the mean Kullback-Leibler divergence of the class probabilities
+            from the original's, in nats; for other outputs the mean squared error as a share of
+            their mean square. At least 0.
+        samples: calibration samples that each was measured on.
+    """
+
+    losses: Mapping[str, float]
+    samples: int
+
+    def of(self, space: Space) -> FactoredSum:
+        """The summed loss of a plan, one term per parameter; decisions not measured cost nothing.
+
+        Within a parameter a stronger level of one technique never costs less than a milder one.
+        """
+        return FactoredSum(0.0, tuple(self._factor(p) for p in space.parameters))
+
+    def _factor(self, parameter: Parameter) -> Factor:
+        losses = [0.0]
+        strongest: dict[str, float] = {}
+        for decision in parameter.decisions:
+            found = [self.losses.get(Change(t, decision).key, 0.0) for t in parameter.targets]
+            name = decision.technique
+            strongest[name] = max(strongest.get(name, 0.0), sum(found))
+            losses.append(strongest[name])
+        return Factor(parameter.name, (parameter.name,), np.array(losses))
+
+
+@final
+class SensitivityRun:
+    """Measures what is not known yet, pass by pass.
+
+    Args:
+        bank: calibrated.
+        space: whose decisions are measured; those for the network as a whole are not.
+        inputs: calibration inputs; the first few are used.
+        folder: where finished passes are kept, by network, data and technique.
+        class_scores: whether the first output is class scores along axis 1.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        space: Space,
+        inputs: tuple[Tensor, ...],
+        folder: Path,
+        *,
+        class_scores: bool,
+    ) -> None:
+        self._bank = bank
+        # A copy of its own: hooks on the original would be in every copy that is made meanwhile.
+        self._network = bank.copy_network()
+        self._class_scores = class_scores
+        by_technique: dict[str, dict[str, Change]] = {}
+        for parameter in space.parameters:
+            for decision in parameter.decisions:
+                for target in parameter.targets if parameter.target != NETWORK else ():
+                    change = Change(target, decision)
+                    by_technique.setdefault(decision.technique, {})[change.key] = change
+        count = sum(map(len, by_technique.values()))
+        macs = max(1, sum(layer.macs for layer in bank.graph.layers))
+        wanted = int(_WORK / max(count, 1) / macs)
+        self.samples = min(len(inputs[0]), max(_SAMPLES[0], min(wanted, _SAMPLES[1])))
+        self._inputs = tuple(x[: self.samples] for x in inputs)
+        each = max(1, _PASS // self.samples - 1)
+        identity = make_key(
+            _VERSION, network_hash(bank.network), tensors_hash(self._inputs), class_scores,
+            torch.get_num_threads(), bank.multiple,
+        )  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        self._passes: list[tuple[Path, list[Change]]] = []
+        for technique, changes in by_technique.items():
+            known = list(changes.values())
+            for start in range(0, len(known), each):
+                part = known[start : start + each]
+                # Sums depend on the batch: a pass is kept as a whole.
+                key = make_key(identity, technique, each, [c.key for c in part])
+                digest = hashlib.sha256(key.encode()).hexdigest()[:20]
+                self._passes.append((folder / f"{technique}-{digest}.json", part))
+
+    @property
+    def passes(self) -> int:
+        """How many passes there are in all."""
+        return len(self._passes)
+
+    def steps(self) -> Iterator[None]:
+        """Measure pass by pass; what is on disk is not measured again."""
+        for path, changes in self._passes:
+            if _read(path) is None:
+                losses = self._measure(changes)
+                write_json(path, dict(zip((c.key for c in changes), losses, strict=True)))
+            yield
+
+    def result(self) -> Sensitivities:
+        """What is known so far."""
+        losses: dict[str, float] = {}
+        for path, _ in self._passes:
+            losses |= _read(path) or {}
+        return Sensitivities(losses, self.samples)
+
+    def _measure(self, changes: Sequence[Change]) -> list[float]:
+        modules = [changed_layers(self._bank, c.target, c.decision) for c in changes]
+        outputs = run_beside(self._network, modules, self._inputs)
+        original = outputs[0]
+        return [self._loss(original, changed) for changed in outputs[1:]]
+
+    def _loss(self, original: Sequence[Tensor], changed: Sequence[Tensor]) -> float:
+        return output_loss(original, changed, class_scores=self._class_scores)
+
+
+def sensitivity_folder() -> Path:
+    """Where sensitivities are kept for later searches of the same network and data."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "autocompress" / "sensitivity"
+
+
+def output_loss(
+    original: Sequence[Tensor], changed: Sequence[Tensor], *, class_scores: bool
+) -> float:
+    """How far outputs are from the original's; see `Sensitivities.losses`.
+
+    Args:
+        original: flat list of outputs, samples in dimension 0; likewise `changed`.
+    """
+    if class_scores:
+        log_p, log_q = (F.log_softmax(x[0].double(), 1) for x in (original, changed))
+        loss = float((log_p.exp() * (log_p - log_q)).sum(1).mean())
+    else:
+        shares = [
+            float(
+                (a.double() - b.double()).square().mean() / a.double().square().mean().clamp(_TINY)
+            )
+            for a, b in zip(original, changed, strict=True)
+            if a.is_floating_point()
+        ]
+        loss = float(np.mean(shares)) if shares else 0.0
+    # A network that overflows is as far off as can be.
+    return max(loss, 0.0) if np.isfinite(loss) else 1e6
+
+
+def run_beside(
+    network: nn.Module,
+    changes: Sequence[Mapping[str, nn.Module]],
+    inputs: tuple[Tensor, ...],
+) -> list[list[Tensor]]:
+    """Outputs of the original network and of changed ones, in one pass over the same samples.
+
+    Args:
+        network: in evaluation mode; left as it was.
+        changes: for each changed network its modules by name, of unchanged shapes.
+        inputs: samples in dimension 0.
+
+    Returns:
+        For the original, then for every change, the flat list of outputs.
+    """
+    parts = len(changes) + 1
+    by_layer: dict[str, list[tuple[int, nn.Module]]] = {}
+    for part, modules in enumerate(changes, 1):
+        for name, module in modules.items():
+            by_layer.setdefault(name, []).append((part, module))
+    batch = tuple(x.repeat(parts, *(1 for _ in x.shape[1:])) for x in inputs)
+    with torch.no_grad(), _hooks(network, by_layer, parts):
+        outputs = flatten_outputs(network(*batch))
+    return [list(chunks) for chunks in zip(*(o.chunk(parts) for o in outputs), strict=True)]
+
+
+@contextmanager
+def _hooks(
+    network: nn.Module, by_layer: Mapping[str, Sequence[tuple[int, nn.Module]]], parts: int
+) -> Iterator[None]:
+    handles = [
+        network.get_submodule(name).register_forward_hook(_replace_parts(found, parts))
+        for name, found in by_layer.items()
+    ]
+    handles += [
+        module.register_forward_hook(_repair(parts))
+        for module in network.modules()
+        if isinstance(module, NORM_TYPES) and module.track_running_stats
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
+
+
+def _replace_parts(found: Sequence[tuple[int, nn.Module]], parts: int) -> Hook:
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        rows = len(output) // parts
+        changed = output.clone()
+        for part, module in found:
+            mine = slice(part * rows, (part + 1) * rows)
+            changed[mine] = module(_rounded(module, args[0][mine]))
+        return changed
+
+    return hook
+
+
+def _rounded(module: nn.Module, x: Tensor) -> Tensor:
+    """A quantized layer's inputs as its integers would hold them, by the range of the samples."""
+    how = getattr(module, "integer_weight", None)
+    if how is None or how.activation_bits >= 32:
+        return x
+    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    step = ((high - low) / (2**how.activation_bits - 1)).clamp(min=_TINY)
+    rounded: Tensor = torch.round((x - low) / step) * step + low
+    return rounded
+
+
+def _repair(parts: int) -> Hook:
+    """Batch norms whose statistics move by as much as the change moved the samples' own."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        norm, x = cast(nn.BatchNorm2d, module), args[0]
+        assert norm.running_mean is not None and norm.running_var is not None
+        grouped = x.reshape(parts, len(x) // parts, x.shape[1], -1)
+        variance, mean = torch.var_mean(grouped, (1, 3), correction=0)
+        mean = norm.running_mean + mean - mean[0]
+        # Where the original's channel is constant there is no ratio to go by.
+        ratio = torch.where(variance[0] > _TINY, variance / variance[0].clamp(min=_TINY), 1.0)
+        factor = torch.rsqrt(norm.running_var * ratio + norm.eps)
+        shift = -mean * factor
+        if norm.affine:
+            factor, shift = factor * norm.weight, shift * norm.weight + norm.bias
+        spread = (parts, 1, x.shape[1], 1)
+        repaired = grouped * factor.reshape(spread) + shift.reshape(spread)
+        return cast(Tensor, repaired.reshape(x.shape))
+
+    return hook
+
+
+def _read(path: Path) -> dict[str, float] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return {str(k): float(v) for k, v in found.items()} if isinstance(found, dict) else None
