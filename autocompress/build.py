@@ -22,6 +22,7 @@ from autocompress.export.coding import CODED_SUFFIX, encode_file
 from autocompress.files import write_whole
 from autocompress.plan import Plan
 from autocompress.recover import BatchNormRepair, Trainer, Watch, recovery_of
+from autocompress.recover.autocast import bf16_pays
 from autocompress.techniques import LayerTechnique, Stage, consistent, technique_of
 from autocompress.techniques.equalize import Equalize, equalize
 from autocompress.techniques.stock import StockQuantizer
@@ -71,7 +72,12 @@ class Builder:
         self._bank = bank
         self._profile = profile
         self._calibration = workload.calibration.inputs
-        self._repair = BatchNormRepair(bank.network, self._calibration, settings.repair_samples)
+        self._repair = BatchNormRepair(
+            bank.network,
+            self._calibration,
+            settings.repair_samples,
+            bf16=bf16_pays(self._calibration[0].device),
+        )
         self._artifacts = folder / "artifacts"
         self._trainer = Trainer(bank, self._repair, workload, folder / "recovered")
         self._artifacts.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """The command line: thin, with progress, tables of at most 100 columns, and exit codes.
 
-Exit codes: 0 done, 1 nothing fits the limits of `pick`, 2 bad input, 130 interrupted.
+Exit codes: 0 done, 1 nothing fits the limits of `pick` or `solve`, 2 bad input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -131,6 +131,57 @@ def pick(  # noqa: PLR0913 - every parameter is an option of the command
     console.print(choice.reason, highlight=False)
     console.print(f"model: {target}\ncard:  {target.with_suffix('.json')}", soft_wrap=True,
                   highlight=False)  # fmt: skip
+
+
+@app.command()
+def solve(  # noqa: PLR0913 - every parameter is an option of the command
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    max_latency_ms: Annotated[
+        float | None, typer.Option(help="Median latency on the device.")
+    ] = None,
+    min_speedup: Annotated[
+        float | None, typer.Option(help="Times faster than the original.")
+    ] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Size of the model file.")] = None,
+    max_download_bytes: Annotated[
+        int | None, typer.Option(help="Size of the model's coded container.")
+    ] = None,
+    runtime: Annotated[
+        list[str] | None, typer.Option(help="Only these of the run's runtimes; repeatable.")
+    ] = None,
+    measured: Annotated[
+        bool, typer.Option("--measure", help="Build the plan, and measure it if it was not.")
+    ] = False,
+    experiment: Annotated[
+        Path | None, typer.Option(help="For --measure: the run's experiment file, if it moved.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Find the best plan for new limits from what a run has measured, in seconds.
+
+    The plan loses least by the run's sensitivities and keeps all limits by its cost models. Figures
+    are predicted, unless --measure takes them. The run's study and front stay as they are.
+
+    Example: autocompress solve runs/digits --max-latency-ms 0.05
+    """
+    from autocompress.report.solved import solved_parts
+    from autocompress.search.solve import Limits
+    from autocompress.search.solve import solve as solve_run
+
+    limits = Limits(max_latency_ms, min_speedup, max_bytes, max_download_bytes)
+    found = solve_run(run, limits, tuple(runtime or ()))
+    if measured:
+        from autocompress.report.progress import SearchDisplay
+        from autocompress.search.measure_solved import measure_solved
+
+        with SearchDisplay() as display:
+            found = measure_solved(found, experiment, display)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=1))
+        return
+    console = _console()
+    for part in solved_parts(found):
+        console.print(part)
 
 
 @app.command()

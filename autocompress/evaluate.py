@@ -35,6 +35,32 @@ _CONFIDENCE_SIGMAS = 1.96
 
 @final
 @dataclass(frozen=True)
+class Repeat:
+    """Latency and energy of a candidate as one process measured them.
+
+    Attributes:
+        latency: as in `Evaluation`; so are `speedup` and `energy`.
+        seconds: what it took.
+    """
+
+    latency: Measurement
+    speedup: Measurement
+    energy: Measurement | None
+    seconds: float
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Repeat:
+        """Read back what `dataclasses.asdict` wrote."""
+        return Repeat(
+            latency=Measurement.from_dict(data["latency"]),
+            speedup=Measurement.from_dict(data["speedup"]),
+            energy=None if data["energy"] is None else Measurement.from_dict(data["energy"]),
+            seconds=data["seconds"],
+        )
+
+
+@final
+@dataclass(frozen=True)
 class Evaluation:
     """The figures of one candidate on one split.
 
@@ -56,7 +82,9 @@ class Evaluation:
         artifact: path of the ONNX file relative to the run folder.
         details: parity, how each quantized layer runs, whether the skeleton fitted, the load and
             clock.
-        seconds: what each step took.
+        seconds: what each step took, the first time if it was repeated.
+        repeats: all single measurements, the first one included, if latency and energy were taken
+            more than once; `latency`, `speedup` and `energy` join them.
     """
 
     candidate: str
@@ -74,6 +102,7 @@ class Evaluation:
     energy: Measurement | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    repeats: tuple[Repeat, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -88,7 +117,14 @@ class Evaluation:
         if fields["energy"] is not None:
             fields["energy"] = Measurement.from_dict(fields["energy"])
         fields["plan"] = tuple(fields["plan"])
+        fields["repeats"] = tuple(map(Repeat.from_dict, fields.get("repeats", ())))
         return Evaluation(**fields)
+
+    @property
+    def single_measurements(self) -> tuple[Repeat, ...]:
+        """What each process measured of latency and energy, the first one first; at least one."""
+        seconds = sum(self.seconds.get(step, 0.0) for step in ("latency", "energy"))
+        return self.repeats or (Repeat(self.latency, self.speedup, self.energy, seconds),)
 
     @property
     def trusted(self) -> bool:
@@ -232,7 +268,7 @@ class Evaluator:
         if final or self._extras.coded:
             with clock.step("code"):
                 download_bytes = self._code(artifact.path, details)
-        self._keep_samples(candidate, split, paired)
+        self._keep_samples(f"{candidate}-{split}", paired)
         return Evaluation(
             candidate=candidate,
             runtime=runtime,
@@ -250,6 +286,30 @@ class Evaluator:
             details=details,
             seconds={**artifact.seconds, **clock.seconds},
         )
+
+    def measure_again(self, evaluation: Evaluation) -> Repeat:
+        """Take a judged candidate's latency, and energy if it is an objective, in a new process.
+
+        What a process cannot see of its own luck averages out over several of them.
+
+        Args:
+            evaluation: on the test split, with all measurements so far; its file is there.
+
+        Raises:
+            MeasurementError: the file is gone, or crashes or hangs the runtime.
+        """
+        clock = Stopwatch()
+        subject = Subject(self._folder / evaluation.artifact, evaluation.runtime)
+        # Also the places that the models take in memory go by the seed.
+        seed = len(evaluation.single_measurements)
+        energy = None
+        with clock.step("again"), Worker(self._profile, self._folder / "scratch") as worker:
+            both = (self._baseline, subject, self._example)
+            paired = worker.compare(*both, final=True, seed=seed)
+            if self._extras.energy:
+                energy = worker.energy(*both, final=True, seed=seed).energy()
+        self._keep_samples(f"{evaluation.candidate}-{evaluation.split}-{seed + 1}", paired)
+        return Repeat(paired.latency(), paired.ratio(), energy, clock.seconds["again"])
 
     def artifact(
         self, plan: Plan, network: nn.Module | None = None, watch: Watch | None = None
@@ -330,8 +390,8 @@ class Evaluator:
         times = -(-size // len(inputs[0]))
         return [x.repeat(times, *(1 for _ in x.shape[1:]))[:size] for x in inputs]
 
-    def _keep_samples(self, candidate: str, split: SplitName, paired: PairedLatency) -> None:
-        write_json(self._folder / "measurements" / f"{candidate}-{split}.json", paired.to_dict())
+    def _keep_samples(self, name: str, paired: PairedLatency) -> None:
+        write_json(self._folder / "measurements" / f"{name}.json", paired.to_dict())
 
 
 def _circumstances(paired: PairedLatency) -> dict[str, Any]:

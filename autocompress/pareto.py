@@ -85,21 +85,34 @@ def surely_dominated(
     Raises:
         ValueError: the shapes do not match, or an interval is upside down.
     """
-    first, second = _as_costs(low, maximise), _as_costs(high, maximise)
-    if first.shape != second.shape:
-        raise ValueError(f"low has shape {first.shape}, high has {second.shape}")
-    if (np.asarray(low, dtype=np.float64) > np.asarray(high, dtype=np.float64)).any():
-        raise ValueError("an interval's low end is above its high end")
-    unknown = np.isnan(first).any(axis=1) | np.isnan(second).any(axis=1)
-    best, worst = np.minimum(first, second), np.maximum(first, second)
-    count = len(best)
-    no_worse, better = np.ones((count, count), np.bool_), np.zeros((count, count), np.bool_)
-    for objective in range(best.shape[1]):
-        no_worse &= worst[:, None, objective] <= best[None, :, objective]
-        better |= worst[:, None, objective] < best[None, :, objective]
-    no_worse[unknown] = False
-    no_worse[:, unknown] = False
-    return np.asarray((no_worse & better).any(axis=0), dtype=np.bool_)
+    best, worst = _best_and_worst(low, high, maximise)
+    return np.asarray(_dominance(worst, best).any(axis=0), dtype=np.bool_)
+
+
+def undecided_pairs(
+    low: ArrayLike, high: ArrayLike, *, maximise: Sequence[bool]
+) -> NDArray[np.intp]:
+    """Pairs of points whose order, and with it the front, depends on where the true values lie.
+
+    One of the two dominates the other for some true values within the intervals and not for
+    others, and none of them is dominated beyond doubt by any point.
+
+    Args:
+        low: lower ends, shape (points, objectives).
+        high: upper ends, same shape.
+        maximise: shape (objectives,).
+
+    Returns:
+        Indices, shape (pairs, 2), the smaller one first, in ascending order; no point with a NaN.
+
+    Raises:
+        ValueError: the shapes do not match, or an interval is upside down.
+    """
+    best, worst = _best_and_worst(low, high, maximise)
+    alive: NDArray[np.bool_] = np.logical_not(_dominance(worst, best).any(axis=0))
+    # The values of two points are independent: each may be at its best while the other is not.
+    possible = _dominance(best, worst) & alive[:, None] & alive[None, :]
+    return np.argwhere(np.triu(possible | possible.T, k=1))
 
 
 def knee(values: ArrayLike, *, maximise: Sequence[bool]) -> int:
@@ -142,6 +155,28 @@ def knee(values: ArrayLike, *, maximise: Sequence[bool]) -> int:
     near = near[radius[near] <= radius[near].min() + _SAME]
     order = np.lexsort(points[near].T[::-1])
     return int(front[near[order[0]]])
+
+
+def _best_and_worst(
+    low: ArrayLike, high: ArrayLike, maximise: Sequence[bool]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The intervals' ends as costs, each of shape (points, objectives)."""
+    first, second = _as_costs(low, maximise), _as_costs(high, maximise)
+    if first.shape != second.shape:
+        raise ValueError(f"low has shape {first.shape}, high has {second.shape}")
+    if (np.asarray(low, dtype=np.float64) > np.asarray(high, dtype=np.float64)).any():
+        raise ValueError("an interval's low end is above its high end")
+    return np.minimum(first, second), np.maximum(first, second)
+
+
+def _dominance(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether `first[i]` dominates `second[j]`, at [i, j]; a NaN on either side never does."""
+    no_worse = np.ones((len(first), len(second)), np.bool_)
+    better = np.zeros_like(no_worse)
+    for mine, other in zip(first.T, second.T, strict=True):
+        no_worse &= mine[:, None] <= other[None, :]
+        better |= mine[:, None] < other[None, :]
+    return no_worse & better
 
 
 def _distance_to_plane(scaled: NDArray[np.float64]) -> NDArray[np.float64]:

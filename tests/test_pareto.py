@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from autocompress.pareto import hypervolume, knee, non_dominated, surely_dominated
+from autocompress.pareto import (
+    hypervolume,
+    knee,
+    non_dominated,
+    surely_dominated,
+    undecided_pairs,
+)
 
 Array = NDArray[np.float64]
 NAN = float("nan")
@@ -110,6 +116,35 @@ def test_surely_dominated_holds_wherever_the_truth_lies(values: Array, data: st.
 def test_overlapping_intervals_leave_doubt() -> None:
     low, high = [[0.90, 1.0], [0.90, 1.1], [0.90, 1.4]], [[0.90, 1.2], [0.90, 1.3], [0.90, 1.5]]
     assert surely_dominated(low, high, maximise=[True, False]).tolist() == [False, False, True]
+
+
+@settings(max_examples=100, deadline=None)
+@given(grids(), st.data())
+def test_only_undecided_pairs_of_the_front_depend_on_where_the_truth_lies(
+    values: Array, data: st.DataObject
+) -> None:
+    maximise = signs(values, data)
+    half = hnp.arrays(np.float64, values.shape, elements=st.sampled_from([0.0, 1.0, 4.0]))
+    low, high = values - data.draw(half), values + data.draw(half)
+    sure = surely_dominated(low, high, maximise=maximise)
+    pairs = {tuple(pair) for pair in undecided_pairs(low, high, maximise=maximise).tolist()}
+
+    def order(first: Array, second: Array) -> tuple[bool, ...]:
+        front = non_dominated(np.stack([first, second]), maximise=maximise)
+        return tuple(front.tolist())
+
+    best, worst = np.where(maximise, high, low), np.where(maximise, low, high)
+    for i in range(len(values)):
+        for j in range(i + 1, len(values)):
+            # These two are the extremes of what the order of two points can be.
+            depends = order(best[i], worst[j]) != order(worst[i], best[j])
+            assert ((i, j) in pairs) == (depends and not sure[i] and not sure[j])
+
+
+def test_points_with_nan_or_without_uncertainty_are_in_no_pair() -> None:
+    low, high = [[0.9, 1.0], [0.9, NAN], [0.9, 1.1]], [[0.9, 1.2], [0.9, 1.3], [0.9, 1.3]]
+    assert undecided_pairs(low, high, maximise=[True, False]).tolist() == [[0, 2]]
+    assert undecided_pairs(low, low, maximise=[True, False]).shape == (0, 2)
 
 
 @settings(max_examples=100, deadline=None)

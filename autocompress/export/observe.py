@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+import torch
 from numpy.typing import NDArray
 
 from autocompress.errors import ExportError
@@ -86,6 +87,8 @@ def _session(model: onnx.ModelProto, tensors: Sequence[str]) -> ort.InferenceSes
             watched.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    # As many threads as PyTorch may use: others measure on the other cores.
+    options.intra_op_num_threads = torch.get_num_threads()
     try:
         return ort.InferenceSession(
             watched.SerializeToString(), options, providers=["CPUExecutionProvider"]

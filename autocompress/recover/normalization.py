@@ -15,6 +15,8 @@ from autocompress.graph.layers import NORM_TYPES
 # own is taken: the control variate may overshoot on a channel that has little in common with it.
 _SMALLEST_SHARE = 0.25
 _TINY = 1e-12
+# Of float32 sums seven digits are right: a variance below this share of the moment has too few.
+_LOST_SHARE = 1e-3
 _BATCH = 128
 
 
@@ -40,9 +42,19 @@ class BatchNormRepair:
         original: in evaluation mode.
         inputs: calibration inputs in dimension 0.
         samples: how many of them a changed network is run on.
+        bf16: whether to run networks under autocast, which changes moments by less than a
+            thousandth.
     """
 
-    def __init__(self, original: nn.Module, inputs: tuple[Tensor, ...], samples: int) -> None:
+    def __init__(
+        self,
+        original: nn.Module,
+        inputs: tuple[Tensor, ...],
+        samples: int,
+        *,
+        bf16: bool = False,
+    ) -> None:
+        self._bf16 = bf16
         self._inputs = tuple(x[:samples] for x in inputs)
         self._before: dict[str, _Observed] = {}
         self._all: dict[str, _Observed] = {}
@@ -53,7 +65,7 @@ class BatchNormRepair:
 
         starts = range(0, len(inputs[0]), _BATCH)
         for start in starts:
-            _run(original, tuple(x[start : start + _BATCH] for x in inputs), keep)
+            _run(original, tuple(x[start : start + _BATCH] for x in inputs), keep, bf16=bf16)
         for name, parts in batches.items():
             if len(parts) != len(starts):
                 # Called several times a pass, a norm has no moments of its own: it is left alone.
@@ -85,11 +97,15 @@ class BatchNormRepair:
             norm.running_mean.copy_(torch.where(sound, mean, now.first.mean(0)))
             norm.running_var.copy_(torch.where(sound, variance, sample))
 
-        _run(network, self._inputs, repair)
+        _run(network, self._inputs, repair, bf16=self._bf16)
 
 
 def _run(
-    network: nn.Module, inputs: tuple[Tensor, ...], visit: Callable[[str, Any, Tensor], None]
+    network: nn.Module,
+    inputs: tuple[Tensor, ...],
+    visit: Callable[[str, Any, Tensor], None],
+    *,
+    bf16: bool,
 ) -> None:
     """Run a network and visit each batch norm just before it does its work."""
 
@@ -98,7 +114,7 @@ def _run(
 
     handles = [norm.register_forward_pre_hook(hook(name)) for name, norm in _norms(network)]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(inputs[0].device.type, torch.bfloat16, bf16):
             network(*inputs)
     finally:
         for handle in handles:
@@ -114,11 +130,26 @@ def _norms(network: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _observe(x: Tensor) -> _Observed:
+    first, variance = moments(x)
+    return _Observed(first, variance + first.square())
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over positions, each of shape (n, channels), float64.
+
+    Args:
+        x: shape (n, channels, ...).
+    """
     flat = x.reshape(x.shape[0], x.shape[1], -1)
-    first = flat.mean(2).double()
-    # Centred per sample, then in float64: float32 would lose small variances around large means.
-    second = flat.var(2, correction=0).double() + first.square()
-    return _Observed(first, second)
+    first = flat.mean(2, dtype=torch.float32).double()
+    norm = torch.linalg.vector_norm(flat, dim=2, dtype=torch.float32).double()
+    second = norm.square() / flat.shape[2]
+    variance = second - first.square()
+    # Small variances around large means are lost in float32: these channels are centred first.
+    lost = (variance < _LOST_SHARE * second).any(0).nonzero()[:, 0]
+    if len(lost):
+        variance[:, lost] = flat[:, lost].float().var(2, correction=0).double()
+    return first, variance
 
 
 def _controlled(values: Tensor, control: Tensor, true: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ class _Loop:
         self._samples, self._held_out = split_off(len(split), settings.holdout, settings.seed)
         self._per_epoch = _steps_per_epoch(len(split), settings)
         self._steps = step_count(len(split), settings)
-        self._first_epoch = math.ceil(settings.epochs_before)
+        self._order: tuple[int, tuple[Tensor, ...]] = (-1, ())
         self._first_step = round(settings.epochs_before * self._per_epoch)
         self._channels_last = False
         self._file = CheckpointFile(
@@ -122,19 +122,15 @@ class _Loop:
     def run(self) -> TrainingReport:
         """Go through the epochs, from the start or from a checkpoint."""
         state = self._state = self._resume()
-        settings = self._settings
         self._channels_last = not state.finished and self._tries_channels_last()
         while not state.finished:
             # Not from the step: a training may have been stopped before the epoch was judged.
             epoch = len(state.train_losses)
-            batches = epoch_batches(
-                self._samples, settings.batch_size, settings.seed, self._first_epoch + epoch
-            )
             if len(state.held_out_losses) == 0:
                 self._judge()
             end = min((epoch + 1) * self._per_epoch, self._steps)
             while state.step < end:
-                self._step(batches[state.step % self._per_epoch])
+                self._step(self._next_samples())
                 self._pause()
             state.train_losses.append(state.loss_sum / (end - epoch * self._per_epoch))
             state.loss_sum = 0.0
@@ -143,6 +139,15 @@ class _Loop:
                 self._finish()
             self._save()
         return self._report()
+
+    def _next_samples(self) -> Tensor:
+        """Samples of the step to come; a later training goes on where one before it ended."""
+        epoch, position = divmod(self._first_step + self._state.step, self._per_epoch)
+        if self._order[0] != epoch:
+            settings = self._settings
+            batches = epoch_batches(self._samples, settings.batch_size, settings.seed, epoch)
+            self._order = epoch, batches
+        return self._order[1][position]
 
     def _pause(self) -> None:
         """Write a checkpoint if it is time; stop if the caller wants it."""

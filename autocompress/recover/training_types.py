@@ -34,7 +34,7 @@ class TrainingSettings:
             never, 0 always.
         bf16: autocast to bf16; "auto" where the device has bf16 arithmetic (`bf16_pays`), which is
             the same in every call on one machine but may differ between machines.
-        epochs_before: epochs of earlier trainings of the same network: orders of samples and random
+        epochs_before: of earlier trainings of the same network: the order of samples and the random
             numbers go on from there, and the held-out samples stay the same.
     """
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
@@ -18,11 +18,11 @@ from typing import final
 import torch
 from torch import nn
 
-from autocompress.build import Artifact, Stopwatch
-from autocompress.config import Objective
+from autocompress.build import Stopwatch
 from autocompress.device import DeviceProfile
 from autocompress.errors import DeviceError, SearchError
-from autocompress.evaluate import Evaluation, Evaluator
+from autocompress.evaluate import Evaluation
+from autocompress.search.context import SearchContext
 from autocompress.search.costs.models import CostModels
 from autocompress.search.judge import Judge, Judgement
 from autocompress.search.promotion import FrontGain, Judged, Pool
@@ -74,7 +74,6 @@ class _UnderWay:
 class _Count:
     in_a_row: int = 0
     since_promising: int = 0
-    last_failure: Exception | None = None
     exhausted: bool = False
     judged: int = 0
 
@@ -84,10 +83,9 @@ class Explorer:
     """Keeps the device busy with the most promising plans.
 
     Args:
+        context: builds and measures.
         study: proposes plans and keeps what came of them.
-        evaluator: builds and measures.
-        device: the one thread that measures.
-        judge: judges plans; None measures every plan.
+        judge: judges plans.
         costs: predicted costs; learns from what is measured.
         original: figures of the original network on the search split.
         outcome: limits, and whom to tell.
@@ -95,18 +93,16 @@ class Explorer:
 
     def __init__(
         self,
+        context: SearchContext,
         study: Study,
-        evaluator: Evaluator,
-        device: ThreadPoolExecutor,
-        judge: Judge | None,
+        judge: Judge,
         costs: CostModels,
         original: Evaluation,
-        objectives: Sequence[Objective],
         outcome: Outcome,
     ) -> None:
-        self._study, self._evaluator, self._device = study, evaluator, device
+        self._context, self._study = context, study
         self._judge, self._costs, self._outcome = judge, costs, outcome
-        self._original, self._objectives = original, tuple(objectives)
+        self._original, self._objectives = original, context.objectives
         self._pool = Pool(_POOL)
         self._networks: dict[str, nn.Module] = {}
         self._under_way: deque[_UnderWay] = deque()
@@ -159,25 +155,23 @@ class Explorer:
         return self._outcome.allowed(self._study.finished + len(self._under_way))
 
     def _wants_proposal(self) -> bool:
-        if self._count.exhausted or not self._allowed() or self._study.seeds_waiting:
-            return False
-        return self._judge is not None or len(self._under_way) < _AHEAD
+        return not self._count.exhausted and self._allowed() and not self._study.seeds_waiting
 
     def _propose(self) -> None:
         proposal = self._study.propose()
         if proposal is None:
             self._count.exhausted = True
-        elif proposal.seeded or self._judge is None or _trains(proposal):
+        elif proposal.seeded or _trains(proposal):
             self._build(proposal, None)
         else:
-            self._judge_one(self._judge, proposal)
+            self._judge_one(proposal)
 
-    def _judge_one(self, judge: Judge, proposal: Proposal) -> None:
+    def _judge_one(self, proposal: Proposal) -> None:
         self._study.begin_judging(proposal)
         try:
-            network = self._evaluator.builder.network(proposal.plan, Stopwatch())
+            network = self._context.evaluator.builder.network(proposal.plan, Stopwatch())
             predicted = self._costs.predict(proposal.indices, proposal.runtime)
-            judgement = judge.judge(network, predicted, self._study.evaluations_on_front)
+            judgement = self._judge.judge(network, predicted, self._study.evaluations_on_front)
         except (DeviceError, OSError):
             raise
         except Exception as cause:
@@ -215,7 +209,7 @@ class Explorer:
         self._study.start(proposal)
         network = self._networks.pop(proposal.candidate, None)
         try:
-            artifact = self._evaluator.artifact(proposal.plan, network)
+            artifact = self._context.evaluator.artifact(proposal.plan, network)
         except (DeviceError, OSError):
             # The machine's fault, not the plan's: the trial stays open and is tried again.
             raise
@@ -223,13 +217,10 @@ class Explorer:
             # Whatever one plan does to PyTorch must not end a search of hours.
             self._fail(proposal, cause)
             return
-        future = self._device.submit(self._measure, artifact, proposal)
-        self._under_way.append(_UnderWay(proposal, judgement, future))
-
-    def _measure(self, artifact: Artifact, proposal: Proposal) -> Evaluation:
-        return self._evaluator.measure(
+        future = self._context.measure(
             artifact, proposal.plan, proposal.runtime, "search", final=False
         )
+        self._under_way.append(_UnderWay(proposal, judgement, future))
 
     def _wait(self) -> None:
         wait([self._under_way[0].future], timeout=_WAIT_S, return_when=FIRST_COMPLETED)
@@ -249,7 +240,7 @@ class Explorer:
         violations = self._outcome.violations(evaluation)
         self._study.succeed(done.proposal, evaluation, self._outcome.spent_s(), violations)
         self._costs.observe(done.proposal.indices, evaluation)
-        if self._judge is not None and done.judgement is not None:
+        if done.judgement is not None:
             self._judge.learn(done.judgement, evaluation)
         self._gain = None
         self._count.in_a_row = 0

@@ -16,7 +16,8 @@ from autocompress.config import Objective
 from autocompress.errors import RunFolderError
 from autocompress.evaluate import SHARE, Evaluation
 from autocompress.files import write_whole
-from autocompress.pareto import non_dominated
+from autocompress.measure.measurement import Measurement
+from autocompress.pareto import non_dominated, surely_dominated
 from autocompress.plan import file_of
 from autocompress.search.columns import COLUMNS, ORIGINAL, REFERENCES
 
@@ -73,6 +74,22 @@ def objective_values(evaluation: Evaluation, objectives: Sequence[Objective]) ->
     return [values[name] for name in objectives]
 
 
+def objective_ends(
+    evaluation: Evaluation, objectives: Sequence[Objective]
+) -> tuple[list[float], list[float]]:
+    """Lower and upper ends of the figures of `objective_values`.
+
+    Latency and energy have their 95 % intervals. The metric counts as exact, for all candidates
+    are judged on the same samples; so do sizes.
+    """
+    exact = objective_values(evaluation, objectives)
+    ends = {"latency": _inverse_ends(evaluation.speedup)}
+    if evaluation.energy is not None:
+        ends["energy"] = (evaluation.energy.ci_low, evaluation.energy.ci_high)
+    pairs = [ends.get(name, (value, value)) for name, value in zip(objectives, exact, strict=True)]
+    return [low for low, _ in pairs], [high for _, high in pairs]
+
+
 def front_mask(
     evaluations: Sequence[Evaluation], objectives: Sequence[Objective]
 ) -> NDArray[np.bool_]:
@@ -81,6 +98,22 @@ def front_mask(
         return np.zeros(0, dtype=np.bool_)
     values = np.array([objective_values(e, objectives) for e in evaluations])
     return non_dominated(values, maximise=[MAXIMISE[name] for name in objectives])
+
+
+def undoubted_front_mask(
+    evaluations: Sequence[Evaluation], objectives: Sequence[Objective]
+) -> NDArray[np.bool_]:
+    """Which evaluations no other one dominates beyond doubt, shape (n,).
+
+    Of two points that cannot be told apart both are kept: it would be chance to drop one.
+    """
+    if not evaluations:
+        return np.zeros(0, dtype=np.bool_)
+    low, high = (np.array(side) for side in _all_ends(evaluations, objectives))
+    maximise = [MAXIMISE[name] for name in objectives]
+    unknown = np.isnan(low).any(axis=1) | np.isnan(high).any(axis=1)
+    mask: NDArray[np.bool_] = ~(surely_dominated(low, high, maximise=maximise) | unknown)
+    return mask
 
 
 def build_front(
@@ -93,7 +126,8 @@ def build_front(
 ) -> Front:
     """Join what the search measured with what the final judging did.
 
-    Finalists were measured again; once all are judged (`complete`), only they can be on the front.
+    Finalists were measured again; once all are judged (`complete`), only they can be on the front,
+    and all are that no other one dominates beyond doubt. Before, the figures themselves decide.
     The metric that decides is always the search split's: choosing by the test split would spoil its
     verdict. `drop_test_pp` is in percentage points for accuracy and agreement, and in the metric's
     own unit for a user's metric.
@@ -113,7 +147,7 @@ def build_front(
         for name, e in by_name.items()
         if not complete or name in final
     ]
-    mask = front_mask(eligible, objectives)
+    mask = (undoubted_front_mask if complete else front_mask)(eligible, objectives)
     members = {e.candidate for e, on in zip(eligible, mask, strict=True) if on}
     original = final.get(ORIGINAL)
     points = 100 if original and original.metric.unit == SHARE else 1
@@ -146,6 +180,18 @@ def check_comparable(evaluations: Sequence[Evaluation]) -> None:
                 allowed=f"one {what}; runtimes of one device may differ",
                 advice="give each device a run folder of its own with --run",
             )
+
+
+def _all_ends(
+    evaluations: Sequence[Evaluation], objectives: Sequence[Objective]
+) -> tuple[list[list[float]], list[list[float]]]:
+    ends = [objective_ends(e, objectives) for e in evaluations]
+    return [low for low, _ in ends], [high for _, high in ends]
+
+
+def _inverse_ends(ratio: Measurement) -> tuple[float, float]:
+    """Ends of one over a ratio; a ratio that may be zero has no upper end."""
+    return 1.0 / ratio.ci_high, 1.0 / ratio.ci_low if ratio.ci_low > 0 else math.inf
 
 
 def _row(searched: Evaluation, last: Evaluation, on_front: bool, judged: bool) -> dict[str, Any]:

@@ -13,13 +13,15 @@ from typing import Any, final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from autocompress.config import Objective
 from autocompress.evaluate import Evaluation
+from autocompress.recover.autocast import bf16_pays
 from autocompress.search.front import MAXIMISE, objective_values
 from autocompress.search.sensitivity import output_loss
 from autocompress.workload import Split, Workload, network_outputs, score
+from autocompress.workload.types import Array
 
 _CHUNK = 64
 _CHUNKS = 4
@@ -95,7 +97,7 @@ class Sample:
         self._chunks = [
             split.subset(part) for part in torch.split(order[: _CHUNK * _CHUNKS], _CHUNK)
         ]
-        self._originals = [network_outputs(workload.network, c.inputs) for c in self._chunks]
+        self._originals = [rough_outputs(workload.network, c.inputs) for c in self._chunks]
         self._scores = [
             self._score(o, c, o) for o, c in zip(self._originals, self._chunks, strict=True)
         ]
@@ -116,7 +118,7 @@ class Sample:
             WorkloadError: the network or the metric fails.
         """
         split, original = self._chunks[chunk], self._originals[chunk]
-        outputs = network_outputs(network, split.inputs)
+        outputs = rough_outputs(network, split.inputs)
         lost = self._score(outputs, split, original) - self._scores[chunk]
         before, now = ([torch.from_numpy(o) for o in side] for side in (original, outputs))
         scores = not callable(self._workload.metric)
@@ -131,6 +133,13 @@ class Sample:
         wanted = original[0].argmax(1) if metric == "agreement" else np.asarray(split.targets)
         right = (outputs[0].argmax(1) == wanted).reshape(len(split), -1)
         return np.asarray(right.mean(1), dtype=np.float64)
+
+
+def rough_outputs(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Array, ...]:
+    """As `network_outputs`, in bf16 where that pays: good enough to judge by."""
+    device = inputs[0].device
+    with torch.autocast(device.type, torch.bfloat16, bf16_pays(device)):
+        return network_outputs(network, inputs)
 
 
 def mean_difference(differences: NDArray[np.float64]) -> Interval:
@@ -166,7 +175,7 @@ class LossModel:
         self._lost.append(lost)
 
     def predict(self, loss: float) -> tuple[float, float] | None:
-        """Mean and standard deviation of the metric's difference; None while too little is known."""
+        """Mean and standard deviation of the metric's difference; None while little is known."""
         if len(self._losses) < _FEW_MEASURED:
             return None
         known = np.sqrt(np.array(self._losses))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import final
 
 from autocompress.build import Artifact
@@ -14,6 +15,7 @@ from autocompress.plan import Plan, file_of
 from autocompress.search.columns import REFERENCES
 from autocompress.search.prepare import Prepared
 from autocompress.search.progress import Progress
+from autocompress.search.undecided import Precision, describe_pairs, join, next_point, repeat_s
 from autocompress.techniques import read_plan
 
 _JUDGING_STEPS = ("metric", "latency", "memory", "energy", "code")
@@ -21,11 +23,15 @@ _JUDGING_STEPS = ("metric", "latency", "memory", "energy", "code")
 _MARGIN = 1.1
 # Sampling of a final measurement takes about this share of its limit.
 _USUAL_SHARE = 0.5
+# A process of its own must start.
+_START_S = 2.0
 
 
 @final
 class Judging:
     """Judges reference points and finalists one after another; what is judged is kept at once.
+
+    Points that cannot be told apart then are measured again, see `undecided`.
 
     Args:
         prepared: the search.
@@ -74,6 +80,57 @@ class Judging:
                 self._judge_one(finalist)
                 show()
             self._progress.advance()
+        self._decide(finalists, show)
+
+    def _decide(self, finalists: Sequence[Evaluation], show: Callable[[], object]) -> None:
+        """Measure close points again until they are told apart or nothing more can be done."""
+        objectives = self._prepared.experiment.objectives
+        precision = Precision.of(self._prepared.profile)
+        searched = {e.candidate: e for e in finalists}
+        failed: set[str] = set()
+        begun = False
+        while True:
+            known = [e for e in self._judged if e.candidate in searched]
+            # Choosing by the test split would spoil its verdict.
+            points = [replace(e, metric=searched[e.candidate].metric) for e in known]
+            index = next_point(points, objectives, precision, failed)
+            if index is None or self._too_long(known[index]):
+                break
+            if not begun:
+                self._progress.stage("measure close points again")
+                begun = True
+            if not self._measure_again(known[index]):
+                failed.add(known[index].candidate)
+            show()
+            self._progress.advance()
+        note = describe_pairs(points, objectives, precision)
+        if note:
+            self._progress.note(note)
+
+    def _too_long(self, judged: Evaluation) -> bool:
+        """Whether there is no time to measure a point once more.
+
+        Without a time limit all repeats together may take as long as judging itself did.
+        """
+        needed = _MARGIN * (repeat_s(judged) + _START_S)
+        remaining = self._remaining_s()
+        if remaining is not None:
+            return remaining < needed
+        repeats = [single.seconds for e in self._judged for single in e.repeats[1:]]
+        return sum(repeats) + needed > sum(map(self._seconds, self._judged))
+
+    def _measure_again(self, judged: Evaluation) -> bool:
+        """Join one more measurement with a point's earlier ones; whether that went well."""
+        try:
+            self._file_of(judged)
+            again = self._device.submit(self._evaluator.measure_again, judged).result()
+        except (MeasurementError, ExportError, PlanError) as reason:
+            self._progress.note(f"{judged.candidate} could not be measured again: {reason}")
+            return False
+        found = join(judged, again)
+        self._prepared.folder.save_evaluation(found)
+        self._judged[self._judged.index(judged)] = found
+        return True
 
     def _too_late(self, finalist: Evaluation) -> bool:
         remaining = self._remaining_s()
@@ -85,12 +142,8 @@ class Judging:
         return any(e.plan for e in self._judged)
 
     def _judge_one(self, finalist: Evaluation) -> None:
-        plan = read_plan(finalist.plan) if finalist.plan else Plan()
-        path = self._prepared.folder.path / finalist.artifact
         try:
-            artifact = Artifact(path, finalist.details, {})
-            if not path.is_file():
-                artifact = self._evaluator.artifact(plan)
+            artifact, plan = self._file_of(finalist), _plan_of(finalist)
             found = self._device.submit(
                 self._evaluator.measure, artifact, plan, finalist.runtime, "test", final=True
             ).result()
@@ -101,7 +154,18 @@ class Judging:
         self._prepared.folder.save_evaluation(found)
         self._judged.append(found)
 
+    def _file_of(self, evaluation: Evaluation) -> Artifact:
+        """A candidate's file, built again if it is gone."""
+        path = self._prepared.folder.path / evaluation.artifact
+        if path.is_file():
+            return Artifact(path, evaluation.details, {})
+        return self._evaluator.artifact(_plan_of(evaluation))
+
     @staticmethod
     def _seconds(evaluation: Evaluation) -> float:
         found = sum(evaluation.seconds.get(step, 0.0) for step in _JUDGING_STEPS)
         return found if math.isfinite(found) else 0.0
+
+
+def _plan_of(evaluation: Evaluation) -> Plan:
+    return read_plan(evaluation.plan) if evaluation.plan else Plan()

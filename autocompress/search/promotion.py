@@ -59,7 +59,7 @@ class FrontGain:
         self._volume = self._measure(self._front)
 
     def of(self, values: Sequence[float]) -> float:
-        """The gain of a point in the objectives' own units; unknown ones count as the original's."""
+        """The gain of a point in the objectives' own units; unknown values are the original's."""
         point = np.array(values, dtype=np.float64)
         point = np.where(np.isfinite(point), point, self._base)
         cost = self._costs(point[None])

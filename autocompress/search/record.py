@@ -1,7 +1,7 @@
 """What a search keeps on disk of its trials: an Optuna database, and a log of what was judged.
 
-Trials that are measured are in the database, in a row each. Plans that were only judged are many and
-cheap, and a database row would cost more than the judging: they are lines of a file.
+Trials that are measured are in the database, in a row each. Plans that were only judged are many,
+and a database row costs a good part of the judging: they are lines of a file.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from autocompress.bank.store import make_key, network_hash, tensors_hash
 from autocompress.files import write_json
 from autocompress.graph.layers import NORM_TYPES, flatten_outputs
 from autocompress.plan import Decision
+from autocompress.recover.normalization import moments
 from autocompress.search.costs.factored import Factor, FactoredSum
 from autocompress.search.space import Parameter, Space
 from autocompress.techniques import NETWORK
@@ -225,6 +226,7 @@ def run_beside(
         for name, module in modules.items():
             by_layer.setdefault(name, []).append((part, module))
     batch = tuple(x.repeat(parts, *(1 for _ in x.shape[1:])) for x in inputs)
+    # In float32: the change of one layer to 8 bits is smaller than what bf16 rounds away.
     with torch.no_grad(), _hooks(network, by_layer, parts):
         outputs = flatten_outputs(network(*batch))
     return [list(chunks) for chunks in zip(*(o.chunk(parts) for o in outputs), strict=True)]
@@ -283,7 +285,10 @@ def _repair(parts: int) -> Hook:
         norm, x = cast(nn.BatchNorm2d, module), args[0]
         assert norm.running_mean is not None and norm.running_var is not None
         grouped = x.reshape(parts, len(x) // parts, x.shape[1], -1)
-        variance, mean = torch.var_mean(grouped, (1, 3), correction=0)
+        first, spread = (m.reshape(grouped.shape[:3]) for m in moments(x))
+        mean = first.mean(1)
+        variance = ((spread + first.square()).mean(1) - mean.square()).clamp(min=0).to(x)
+        mean = mean.to(x)
         mean = norm.running_mean + mean - mean[0]
         # Where the original's channel is constant there is no ratio to go by.
         ratio = torch.where(variance[0] > _TINY, variance / variance[0].clamp(min=_TINY), 1.0)
@@ -291,8 +296,8 @@ def _repair(parts: int) -> Hook:
         shift = -mean * factor
         if norm.affine:
             factor, shift = factor * norm.weight, shift * norm.weight + norm.bias
-        spread = (parts, 1, x.shape[1], 1)
-        repaired = grouped * factor.reshape(spread) + shift.reshape(spread)
+        shape = (parts, 1, x.shape[1], 1)
+        repaired = grouped * factor.reshape(shape) + shift.reshape(shape)
         return cast(Tensor, repaired.reshape(x.shape))
 
     return hook

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
@@ -15,36 +15,36 @@ from autocompress.build import Builder, Stopwatch
 from autocompress.config import Objective
 from autocompress.errors import AutocompressError, MeasurementError
 from autocompress.evaluate import Evaluation
+from autocompress.files import write_json
 from autocompress.measure.client import Worker
-from autocompress.plan import Decision
+from autocompress.plan import Decision, file_of
+from autocompress.search.columns import ORIGINAL
+from autocompress.search.context import SearchContext
 from autocompress.search.costs.bytes import download_costs, file_costs
 from autocompress.search.costs.corrected import CorrectedCost, CorrectionSettings
 from autocompress.search.costs.factored import FactoredSum
 from autocompress.search.costs.latency import latency_costs, macs_costs
 from autocompress.search.costs.models import CostModels
 from autocompress.search.costs.probes import Probing, quick_profile
+from autocompress.search.judge import rough_outputs
 from autocompress.search.prepare import Prepared
 from autocompress.search.progress import Progress
 from autocompress.search.record import JudgedLog
 from autocompress.search.seeding.lagrangian import frontier
 from autocompress.search.seeding.spdy import PlanKey, RefineSettings, Scorer, plan_key, refine
-from autocompress.search.sensitivity import (
-    Sensitivities,
-    SensitivityRun,
-    output_loss,
-    sensitivity_folder,
-)
-from autocompress.search.space import Space
-from autocompress.search.study import RUNTIME
-from autocompress.workload import network_outputs
+from autocompress.search.seeds import uniform_seeds
+from autocompress.search.sensitivity import SensitivityRun, output_loss, sensitivity_folder
+from autocompress.search.study import RUNTIME, Study
 
-# Plans of a frontier, from the unchanged network to the cheapest; many change too much to be of use.
+# Plans of a frontier, from the unchanged network to the cheapest; many change too much to be used.
 _FRONTIER = 24
 _MOST_LOSS = 1.0
 # Plans that are refined: those whose summed loss is nearest to these, in nats.
 _REFINED_AT = (0.02, 0.06, 0.2)
 _TRIES = 48
 _SCORED = 256
+# Uniform plans beside those that were solved for: they need no model to be right.
+_UNIFORM = 6
 # Of a model that nothing was fitted to.
 _GUESS_DEVIATION = 0.5
 
@@ -126,7 +126,6 @@ def sensitivity_run(prepared: Prepared, bank: Bank) -> SensitivityRun:
 
 
 def frontier_seeds(
-    space: Space,
     loss: FactoredSum,
     costs: CostModels,
     objectives: Sequence[Objective],
@@ -174,7 +173,7 @@ class Refinement:
         inputs = tuple(x[:_SCORED] for x in prepared.workload.calibration.inputs)
         self._inputs = inputs
         self._original = [
-            torch.from_numpy(o) for o in network_outputs(prepared.workload.network, inputs)
+            torch.from_numpy(o) for o in rough_outputs(prepared.workload.network, inputs)
         ]
 
     def seeds(self, loss: FactoredSum, cost: FactoredSum, runtime: int) -> Iterator[Seed]:
@@ -195,7 +194,7 @@ class Refinement:
         plan = self._prepared.space.plan(indices)
         try:
             network = self._builder.network(plan, Stopwatch())
-            outputs = [torch.from_numpy(o) for o in network_outputs(network, self._inputs)]
+            outputs = [torch.from_numpy(o) for o in rough_outputs(network, self._inputs)]
         except AutocompressError:
             # A plan that cannot be stitched is as bad as can be.
             return math.inf
@@ -230,6 +229,75 @@ class _Scores(MutableMapping[PlanKey, float]):
         return len(self._known)
 
 
-def save_sensitivities(path: Path, found: Sensitivities) -> None:
-    """Keep a copy in the run folder, which then holds all that `solve` needs."""
-    path.write_text(json.dumps({"samples": found.samples, "losses": dict(found.losses)}, indent=1))
+@final
+@dataclass(frozen=True)
+class Start:
+    """What a search knows before its first candidate.
+
+    Attributes:
+        loss: the summed sensitivity of a plan; None if it was not measured.
+        costs: predicted costs.
+    """
+
+    loss: FactoredSum | None
+    costs: CostModels
+
+
+def guessed_start(context: SearchContext, references: Sequence[Evaluation]) -> Start:
+    """Nothing but guesses from multiply-accumulates."""
+    return Start(None, cost_models(context.prepared, {}, _originals(references), {}))
+
+
+def find_start(context: SearchContext, study: Study, references: Sequence[Evaluation]) -> Start:
+    """Profile layers on the device and meanwhile measure sensitivities; enqueue the solved plans.
+
+    Args:
+        study: gets the plans.
+        references: figures of the reference points on the search split.
+    """
+    prepared, progress = context.prepared, context.progress
+    run = sensitivity_run(prepared, context.bank)
+    progress.stage("seeds", run.passes)
+    job = context.device.submit(find_latency, prepared, context.evaluator.builder, progress)
+    for _ in run.steps():
+        progress.advance()
+    sensitivities = run.result()
+    write_json(
+        context.folder.path / "sensitivity.json",
+        {"samples": sensitivities.samples, "losses": dict(sensitivities.losses)},
+    )
+    loss = sensitivities.of(prepared.space)
+    costs = cost_models(prepared, job.result(), _originals(references), {})
+    seeds = frontier_seeds(loss, costs, context.objectives, context.runtimes)
+    uniform = uniform_seeds(prepared.space)[:_UNIFORM]
+    study.enqueue([*seeds, *({**seed, RUNTIME: 0} for seed in uniform)])
+    return Start(loss, costs)
+
+
+def refine_seeds(
+    context: SearchContext,
+    study: Study,
+    start: Start,
+    keep_busy: Callable[[], None],
+    over: Callable[[], bool],
+) -> None:
+    """Enqueue refined plans for a few budgets of latency in every runtime.
+
+    Args:
+        study: gets the plans.
+        keep_busy: called between dear steps, so that the device is not idle meanwhile.
+        over: whether the search is to end.
+    """
+    if start.loss is None or "latency" not in context.objectives or over():
+        return
+    refinement = Refinement(context.prepared, context.evaluator.builder, keep_busy, over)
+    for number, runtime in enumerate(context.runtimes):
+        cost = start.costs.sum_of("latency", runtime)
+        if cost is not None and not over():
+            for seed in refinement.seeds(start.loss, cost, number):
+                study.enqueue([seed])
+
+
+def _originals(references: Sequence[Evaluation]) -> dict[str, Evaluation]:
+    """The original's figures by runtime."""
+    return {e.runtime: e for e in references if file_of(e.candidate) == ORIGINAL}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -73,7 +73,7 @@ class Sampling:
 
     sampler: Sampler
     seed: int
-    context: SamplerContext = SamplerContext()
+    context: SamplerContext = field(default_factory=SamplerContext)
 
 
 @final

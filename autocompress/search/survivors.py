@@ -93,6 +93,18 @@ class RoundReport:
     gained: float
     rank_correlation: float
 
+    def text(self) -> str:
+        """One sentence."""
+        ranks = (
+            ""
+            if np.isnan(self.rank_correlation)
+            else (f"; rank correlation of the metric before and after {self.rank_correlation:.2f}")
+        )
+        return (
+            f"trained {self.trained} networks for {self.epochs:g} epochs: the metric is "
+            f"{self.gained:+.4f} against the untrained ones{ranks}"
+        )
+
 
 Measure = Callable[[Plan, str], Evaluation]
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,22 @@ def test_checkpoints_of_other_networks_data_and_decisions_are_not_taken(tmp_path
     assert len(list(tmp_path.iterdir())) == len(cases)
 
 
+def test_a_cycle_is_a_training_of_its_own(tmp_path: Path) -> None:
+    """Twice as long as the one before it; the same samples are held out."""
+    network, split = make_network(1), make_split(512)
+    decision = Recover(epochs=1, cycles=3)
+    reports = [
+        recover_network(
+            network, make_network(), split, decision, RecoveryContext(folder=tmp_path, cycle=cycle)
+        )
+        for cycle in range(3)
+    ]
+    assert [report.steps for report in reports] == [3, 6, 12]
+    assert len(list(tmp_path.iterdir())) == 3
+    for one, next_one in pairwise(reports):
+        assert next_one.held_out_losses[0] == pytest.approx(min(one.held_out_losses), rel=1e-3)
+
+
 def test_without_labels_everything_but_fine_tuning_works() -> None:
     split = Split(make_split().inputs)
     for method in METHODS[1:]:
@@ -114,7 +131,7 @@ def test_settings_follow_the_decision_and_the_data() -> None:
     [
         {}, {"epochs": -1}, {"epochs": 101}, {"epochs": 1, "learning_rate": 0},
         {"epochs": 1, "temperature": 0.5}, {"epochs": 1, "pruning_rounds": 17},
-        {"epochs": 1, "method": "magic"},
+        {"epochs": 1, "method": "magic"}, {"epochs": 1, "cycles": 0}, {"epochs": 1, "cycles": 9},
     ],
 )  # fmt: skip
 def test_decisions_out_of_range_are_refused(fields: dict[str, object]) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 
 from autocompress.report.columns import typed_front
 from autocompress.search.columns import COLUMNS
 from autocompress.search.finals import choose_finalists
-from autocompress.search.front import build_front, objective_values
+from autocompress.search.front import build_front, objective_ends, objective_values
 
 OBJECTIVES = ("metric", "latency")
 
@@ -119,3 +121,29 @@ def test_the_count_is_kept_and_the_widest_cover_comes_first(make_evaluation):
     assert len(chosen) == 3
     alone = [choose_finalists([p], original, OBJECTIVES, 1)[0].candidate for p in points]
     assert chosen[0].candidate in alone
+
+
+def test_a_judged_point_leaves_the_front_only_if_dominated_beyond_doubt(tmp_path, make_evaluation):
+    # Speed-ups are known to 1 %.
+    points = [
+        make_evaluation("original", 0.95, 1.0),
+        make_evaluation("a", 0.94, 3.0),
+        make_evaluation("as fast", 0.93, 2.98),
+        make_evaluation("slower", 0.93, 2.90),
+    ]
+    judged = [replace(e, split="test") for e in points]
+    early = build_front(tmp_path, OBJECTIVES, points, judged).table().set_index("candidate")
+    last = build_front(tmp_path, OBJECTIVES, points, judged, complete=True)
+    table = last.table().set_index("candidate")
+    assert early["on_front"].to_dict() == {
+        "original": True, "a": True, "as fast": False, "slower": False,
+    }  # fmt: skip
+    assert table["on_front"].to_dict() == {
+        "original": True, "a": True, "as fast": True, "slower": False,
+    }  # fmt: skip
+
+
+def test_a_speedup_that_may_be_zero_has_no_latency_above_which_it_cannot_be(make_evaluation):
+    wide = make_evaluation("a", 0.9, 2.0)
+    wide = replace(wide, speedup=replace(wide.speedup, ci_low=-0.1, ci_high=4.0))
+    assert objective_ends(wide, ("latency", "metric")) == ([0.25, 0.9], [np.inf, 0.9])

@@ -1,1 +1,1 @@
-"""What a plan costs before it is built: latency, bytes and loss as sums over few parameters each."""
+"""What a plan costs before it is built, as sums of terms that depend on few parameters each."""

@@ -1,0 +1,62 @@
+"""What all stages of one search share."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import final
+
+from autocompress.bank import Bank
+from autocompress.build import Artifact
+from autocompress.config import Objective, SearchSettings
+from autocompress.evaluate import Evaluation, Evaluator, SplitName
+from autocompress.plan import Plan
+from autocompress.search.budget import Budget
+from autocompress.search.prepare import Prepared
+from autocompress.search.progress import Progress
+from autocompress.search.run_folder import RunFolder
+
+
+@final
+@dataclass(frozen=True)
+class SearchContext:
+    """A prepared search, what builds and measures for it, and what it may spend.
+
+    Attributes:
+        device: the one thread that measures.
+    """
+
+    prepared: Prepared
+    bank: Bank
+    evaluator: Evaluator
+    device: ThreadPoolExecutor
+    budget: Budget
+    progress: Progress
+
+    @property
+    def settings(self) -> SearchSettings:
+        """How long to search and how."""
+        return self.prepared.experiment.search
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What is optimised."""
+        return self.prepared.experiment.objectives
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where everything is kept."""
+        return self.prepared.folder
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """Full names of the device's runtimes; the first one's original is the baseline."""
+        return self.prepared.profile.runtime_names
+
+    def measure(
+        self, artifact: Artifact, plan: Plan, runtime: str, split: SplitName, *, final: bool
+    ) -> Future[Evaluation]:
+        """Hand a file to the device; see `Evaluator.measure`."""
+        return self.device.submit(
+            self.evaluator.measure, artifact, plan, runtime, split, final=final
+        )

@@ -1,0 +1,104 @@
+"""The survivors' rounds of one search: time, checkpoints, and what is told of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import final
+
+from autocompress.evaluate import Evaluation
+from autocompress.files import write_json
+from autocompress.plan import Plan, candidate_name
+from autocompress.recover import Watch
+from autocompress.search.context import SearchContext
+from autocompress.search.study import Study
+from autocompress.search.survivors import (
+    EPOCHS,
+    ROUNDS,
+    RoundReport,
+    Shape,
+    Trained,
+    choose_shapes,
+    halve,
+    plan_of,
+    report_round,
+    run_round,
+    shapes_for,
+)
+
+_FILE = "survivors.json"
+
+
+@final
+class SurvivorTraining:
+    """Distils members of the front in rounds within a time limit; what is trained is kept.
+
+    Args:
+        context: the search.
+        study: gets the trained candidates.
+        original: figures of the original network on the search split.
+        show: called after every trained network.
+    """
+
+    def __init__(
+        self,
+        context: SearchContext,
+        study: Study,
+        original: Evaluation,
+        show: Callable[[], object],
+    ) -> None:
+        self._context, self._study = context, study
+        self._original, self._show = original, show
+        self._deadline_s = 0.0
+
+    def run(self, seconds: float) -> None:
+        """Train for at most so long; what was trained by an earlier call is not trained again."""
+        self._deadline_s = self._context.budget.spent_s + seconds
+        shapes = self._shapes(seconds)
+        before = {shape.steps.hash: shape.metric for shape in shapes}
+        reports: list[RoundReport] = []
+        for number in range(ROUNDS):
+            limit_s = max(0.0, self._deadline_s - self._context.budget.spent_s)
+            name = f"train, round {number + 1} of {ROUNDS}"
+            self._context.progress.stage(name, len(shapes), limit_s=limit_s)
+            trained, whole = run_round(shapes, number, self._measure, self._done)
+            ranks = [before[t.shape.steps.hash] for t in trained]
+            reports.append(report_round(trained, ranks, number))
+            before |= {t.shape.steps.hash: t.metric for t in trained}
+            if not whole or not trained:
+                break
+            shapes = halve(trained, self._context.objectives)
+        write_json(self._context.folder.path / _FILE, [asdict(report) for report in reports])
+        for report in reports:
+            if report.trained:
+                self._context.progress.note(report.text())
+
+    def _shapes(self, seconds: float) -> list[Shape]:
+        """As many of the front's shapes as there is time for, by the pace of a first training."""
+        untrained = [e for e in self._study.evaluations if e.candidate not in self._study.trained]
+        objectives = self._context.objectives
+        builder = self._context.evaluator.builder
+        most = choose_shapes(untrained, self._original, objectives, shapes_for(seconds, None))
+        paces = [builder.training_seconds(plan_of(shape, Plan(), 0)) for shape in most]
+        known = [pace for pace in paces if pace]
+        if not known:
+            return most
+        count = shapes_for(seconds, sum(known) / len(known) / EPOCHS)
+        return choose_shapes(untrained, self._original, objectives, count)
+
+    def _measure(self, plan: Plan, runtime: str) -> Evaluation:
+        context = self._context
+        known = self._study.trained.get(candidate_name(plan.hash, runtime, context.runtimes[0]))
+        if known is not None:
+            return known
+        watch = Watch(stop=lambda: context.budget.spent_s > self._deadline_s)
+        artifact = context.evaluator.artifact(plan, None, watch)
+        evaluation = context.measure(artifact, plan, runtime, "search", final=False).result()
+        context.folder.save_plan(plan)
+        context.folder.save_seconds_spent(context.budget.spent_s)
+        self._study.keep_trained(evaluation, context.budget.spent_s)
+        return evaluation
+
+    def _done(self, trained: Trained) -> None:
+        self._context.progress.advance()
+        self._show()
