@@ -165,8 +165,8 @@ def solve(  # noqa: PLR0913 - every parameter is an option of the command
     Example: autocompress solve runs/digits --max-latency-ms 0.05
     """
     from autocompress.report.solved import solved_parts
-    from autocompress.search.solve import Limits
     from autocompress.search.solve import solve as solve_run
+    from autocompress.search.solve_limits import Limits
 
     limits = Limits(max_latency_ms, min_speedup, max_bytes, max_download_bytes)
     found = solve_run(run, limits, tuple(runtime or ()))

@@ -178,6 +178,12 @@ def test_a_space_that_trains_needs_a_train_split(call, tiny_experiment, tmp_path
     refused(call("search", path, "--run", tmp_path / "run"), "train", "recover")
 
 
+def test_solving_without_a_limit_or_a_run_is_refused(call, tmp_path):
+    refused(call("solve", tmp_path), "--max-latency-ms", "--max-download-bytes")
+    refused(call("solve", tmp_path, "--min-speedup", "2"), "no models")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_fits_is_exit_code_1_and_names_the_nearest(finished, call):
     folder, _ = finished
     result = call("pick", folder / "run", "--min-speedup", "900", "--out", folder / "none")

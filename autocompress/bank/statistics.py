@@ -33,12 +33,24 @@ def unfold_inputs(
     if inputs.dim() == 3:
         padded, kernel = padded.unsqueeze(2), (1, *kernel)
         stride, dilation = (1, *stride), (1, *dilation)
-    columns = F.unfold(padded, kernel, dilation=dilation, stride=stride)
-    positions = max(1, rows // len(columns))
-    if columns.shape[2] > positions:
-        chosen = torch.randperm(columns.shape[2], generator=generator)[:positions]
-        columns = columns[:, :, chosen]
-    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+    height, width = (
+        (size - d * (k - 1) - 1) // s + 1
+        for size, k, d, s in zip(padded.shape[2:], kernel, dilation, stride, strict=True)
+    )
+    positions = max(1, rows // len(padded))
+    if height * width <= positions:
+        columns = F.unfold(padded, kernel, dilation=dilation, stride=stride)
+        return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+    chosen = torch.randperm(height * width, generator=generator)[:positions]
+    # Only the chosen patches are copied: there may be a hundred times as many.
+    down = (chosen // width * stride[0])[:, None, None] + _offsets(kernel[0], dilation[0])[:, None]
+    right = (chosen % width * stride[1])[:, None, None] + _offsets(kernel[1], dilation[1])
+    patches = padded[:, :, down, right]
+    return patches.transpose(1, 2).reshape(len(padded) * positions, -1)
+
+
+def _offsets(size: int, dilation: int) -> Tensor:
+    return torch.arange(size) * dilation
 
 
 def _pad(conv: nn.Conv2d, inputs: Tensor) -> Tensor:
@@ -114,11 +126,11 @@ class _Sums:
 
     def add(self, x: Tensor) -> None:
         """Take in rows, shape (n, in)."""
-        self._magnitude += x.abs().sum(0, dtype=torch.float64)
-        self._zeros += (x == 0).sum(0)
+        self._magnitude += torch.linalg.vector_norm(x, 1, dim=0).double()
+        self._zeros += len(x) - torch.count_nonzero(x, dim=0)
         x = x - self._guess
         self._moment += (x.T @ x).double()
-        self._total += x.sum(0, dtype=torch.float64)
+        self._total += x.mean(0).double() * len(x)
         self._rows += len(x)
 
     def statistics(self) -> LayerStatistics:

@@ -27,6 +27,8 @@ Inputs = Sequence[Array] | Path
 _MODULE = "autocompress.measure.worker"
 # A final measurement takes this share of its time limit at least.
 _FINAL_SHARE = 1 / 3
+# A search stops sampling as soon as its target allows: its rounds are shorter.
+_FINAL_ROUNDS, _SEARCH_ROUNDS = 60, 150
 
 
 @final
@@ -175,6 +177,7 @@ class Worker:
             "time_limit_s": time_limit_s,
             "seed": seed,
             "least_s": time_limit_s * _FINAL_SHARE if final else 0.0,
+            "rounds_in_limit": _FINAL_ROUNDS if final else _SEARCH_ROUNDS,
         }
         request = {
             "operation": "compare",

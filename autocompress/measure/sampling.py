@@ -21,8 +21,6 @@ Load = Callable[[], Session]
 MINIMUM_ROUNDS = 8
 _BLOCK_S = 0.005
 _ROUND_S = 0.25
-# So many rounds fit into a time limit at least, unless a run takes too long for that.
-_ROUNDS_IN_LIMIT = 60
 _CHECK_EVERY = 2
 # Loading and warming up anew may take this share of the sampling time.
 _LOADING_SHARE = 0.25
@@ -43,12 +41,15 @@ class Stopping:
     Attributes:
         least_s: sampling goes on for so long though the target is met: the machine's state changes
             over seconds, and a short look at it may agree with itself by luck.
+        rounds_in_limit: so many rounds fit into the time limit at least, unless a run takes too
+            long for that; the more, the sooner sampling may stop.
     """
 
     target_half_width: float
     time_limit_s: float
     seed: int
     least_s: float = 0.0
+    rounds_in_limit: int = 60
 
 
 @final
@@ -134,7 +135,7 @@ def sample_pairs(
                 pair.load()
                 loading_s, loads = loading_s + time.monotonic() - begin, loads + 1
             remaining_s = start + stopping.time_limit_s - time.monotonic()
-            round_s = min(_ROUND_S, stopping.time_limit_s / _ROUNDS_IN_LIMIT)
+            round_s = min(_ROUND_S, stopping.time_limit_s / stopping.rounds_in_limit)
             for side, runs in enumerate(pair.round(min(round_s, max(remaining_s, 0.0)))):
                 rounds[side].append(runs)
             clock = clock_mhz(cores)

@@ -80,6 +80,9 @@ def _within_table(solved: Solved) -> Table | Text:
         cells = _cells(candidate)
         extra = [candidate.runtime] if runtimes else []
         table.add_row(*map(Text, (*cells, *extra, "trained" if candidate.trained else "")))
+    if not all(c.figures.latency.trusted for c in solved.within):
+        table.caption = Text(f"{_UNTRUSTED} untrusted: the interval stayed too wide.", style="dim")
+        table.caption_justify = "left"
     return table
 
 
@@ -107,21 +110,32 @@ def _notes(solved: Solved) -> list[str]:
             f"lower by up to {figures.number(solved.gap)}."
         )
     notes.append(
-        f"Predicted from {solved.learnt_from} measured candidates, with 95 % intervals; the drop is "
-        "on the search split, without training."
+        f"Predicted from {solved.learnt_from} measured candidates, with 95 % intervals; drops are "
+        "those on the search split."
     )
     if solved.predicted.drop is None:
         notes.append("Too few candidates are measured to predict the drop.")
     reaching = _reaching(solved)
     if reaching:
         notes.append(f"The interval of {' and '.join(reaching)} reaches past the limit.")
+    if _beaten(solved):
+        notes.append("A measured candidate, below, loses no more than this plan is predicted to.")
     if solved.measured is None:
         notes.append("It was not measured: --measure builds and measures it.")
     else:
+        if not solved.measured.keep(solved.limits):
+            notes.append("As measured it is not within the limits: solve with a stricter one.")
         notes.append(f"model: {solved.model}")
         if not solved.measured.latency.trusted:
             notes.append(f"{_UNTRUSTED} untrusted: {solved.measured.latency.reason}")
     return notes
+
+
+def _beaten(solved: Solved) -> bool:
+    """Whether the run has measured a candidate that loses no more than is predicted."""
+    drop = solved.predicted.drop
+    losses = [c.figures.drop.value for c in solved.within if c.figures.drop is not None]
+    return drop is not None and min(losses, default=np.inf) <= drop.value
 
 
 def _reaching(solved: Solved) -> list[str]:

@@ -73,7 +73,8 @@ def _measured(prepared: Prepared, solved: Solved, progress: Progress) -> Evaluat
     )
     objectives = prepared.experiment.objectives
     memory = bool({"peak_memory", "gpu_memory"} & set(objectives))
-    extras = Extras("download_bytes" in objectives, "energy" in objectives, memory)
+    coded = solved.predicted.download_bytes is not None
+    extras = Extras(coded, "energy" in objectives, memory)
     progress.stage("build and measure the solved plan")
     with Evaluator(
         prepared.workload, builder, prepared.profile, prepared.folder.path, extras

@@ -24,6 +24,7 @@ from autocompress.search.finals import choose_finalists
 from autocompress.search.front import Front, build_front
 from autocompress.search.judge import Judge, Sample
 from autocompress.search.judging import Judging
+from autocompress.search.kept_models import keep_source
 from autocompress.search.limits import parse_limits, violations
 from autocompress.search.paying_levels import keep_paying_levels
 from autocompress.search.prepare import Options, Prepared, fill_bank, prepare
@@ -56,6 +57,7 @@ def run_search(path: Path, options: Options, progress: Progress | None = None) -
     settings = prepared.experiment.search
     budget = Budget(settings.trials, settings.time_s, prepared.folder.seconds_spent() + set_up_s)
     with prepared.folder.claim(prepared.identity):
+        keep_source(prepared.folder.path, path)
         prepared = keep_paying_levels(prepared, progress)
         bank = fill_bank(prepared, progress)
         builder = Builder(

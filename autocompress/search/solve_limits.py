@@ -81,7 +81,9 @@ class Bound:
         value = cost + _SLACK * abs(cost)
         if self.original_ms is not None:
             return f"{self.option} {_rounded(self.original_ms / value, math.floor)} or less"
-        return f"{self.option} {_rounded(value, math.ceil)} or more"
+        if self.option == "--max-latency-ms":
+            return f"{self.option} {_rounded(value, math.ceil)} or more"
+        return f"{self.option} {math.ceil(value)} or more"
 
 
 def bounds_of(costs: CostModels, limits: Limits, runtime: str) -> list[Bound]:

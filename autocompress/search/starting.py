@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,11 @@ from autocompress.search.costs.latency import latency_costs, macs_costs
 from autocompress.search.costs.models import CostModels
 from autocompress.search.costs.probes import Probing, quick_profile
 from autocompress.search.judge import rough_outputs
+from autocompress.search.kept_models import keep_models
 from autocompress.search.prepare import Prepared
 from autocompress.search.progress import Progress
 from autocompress.search.record import JudgedLog
-from autocompress.search.seeding.lagrangian import frontier
+from autocompress.search.seeding.lagrangian import Solution, frontier
 from autocompress.search.seeding.spdy import PlanKey, RefineSettings, Scorer, plan_key, refine
 from autocompress.search.seeds import uniform_seeds
 from autocompress.search.sensitivity import SensitivityRun, output_loss, sensitivity_folder
@@ -38,7 +40,7 @@ from autocompress.search.study import RUNTIME, Study
 
 # Plans of a frontier, from the unchanged network to the cheapest; many change too much to be used.
 _FRONTIER = 24
-_MOST_LOSS = 1.0
+_LEAST_LOSS, _MOST_LOSS = 1e-3, 0.7
 # Plans that are refined: those whose summed loss is nearest to these, in nats.
 _REFINED_AT = (0.02, 0.06, 0.2)
 _TRIES = 48
@@ -133,7 +135,7 @@ def frontier_seeds(
 ) -> list[Seed]:
     """Plans of the least summed loss for a range of budgets of each cost in each runtime.
 
-    The mildest of each first, runtimes in turn; plans that lose too much to be of use are left out.
+    Runtimes and costs in turn; see `_useful` for the order.
     """
     lists: list[list[Seed]] = []
     for objective in objectives:
@@ -143,10 +145,32 @@ def frontier_seeds(
             if cost is None or (objective != "latency" and number > 0):
                 continue
             found = frontier(loss, cost, _FRONTIER)
-            kept = sorted((s for s in found if s.loss <= _MOST_LOSS), key=lambda s: s.loss)
-            lists.append([{**s.indices, RUNTIME: number} for s in kept])
+            lists.append([{**s.indices, RUNTIME: number} for s in _useful(found)])
     longest = max(map(len, lists), default=0)
     return [each[i] for i in range(longest) for each in lists if i < len(each)]
+
+
+def _useful(found: Sequence[Solution]) -> list[Solution]:
+    """Of plans that lose next to nothing the cheapest, and those that do not lose too much.
+
+    In such an order that the first few already cover the whole range.
+    """
+    by_loss = sorted(found, key=lambda s: (s.loss, -s.cost))
+    free = [s for s in by_loss if s.loss < _LEAST_LOSS]
+    kept = [*free[-1:], *(s for s in by_loss if _LEAST_LOSS <= s.loss <= _MOST_LOSS)]
+    return [kept[i] for i in coarse_to_fine(len(kept))]
+
+
+def coarse_to_fine(count: int) -> list[int]:
+    """The middle of a range, then the middles of its halves, and so on."""
+    spans, order = deque([(0, count)]), []
+    while spans:
+        low, high = spans.popleft()
+        if low < high:
+            middle = (low + high) // 2
+            order.append(middle)
+            spans += [(low, middle), (middle + 1, high)]
+    return order
 
 
 @final
@@ -268,6 +292,7 @@ def find_start(context: SearchContext, study: Study, references: Sequence[Evalua
     )
     loss = sensitivities.of(prepared.space)
     costs = cost_models(prepared, job.result(), _originals(references), {})
+    keep_models(context.folder.path, prepared.space, loss, costs, references[0])
     seeds = frontier_seeds(loss, costs, context.objectives, context.runtimes)
     uniform = uniform_seeds(prepared.space)[:_UNIFORM]
     study.enqueue([*seeds, *({**seed, RUNTIME: 0} for seed in uniform)])
