@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, final
 
 import onnx
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from autocompress.bank import Bank, Stitched, apply_stage, stitch
 from autocompress.config import CalibrationSettings
@@ -26,10 +27,12 @@ from autocompress.recover.autocast import bf16_pays
 from autocompress.techniques import LayerTechnique, Stage, consistent, technique_of
 from autocompress.techniques.equalize import Equalize, equalize
 from autocompress.techniques.stock import StockQuantizer
-from autocompress.workload import Workload
+from autocompress.workload import Split, Workload
 
 _RANGE_SAMPLES = 64
 _STOCK_SAMPLES = 256
+# Of the search split, for a first look at a network.
+_SAMPLE = 128
 _TRAINING = (Stage.RECOVER, Stage.RETRAIN)
 # Never stops.
 _UNWATCHED = Watch()
@@ -43,6 +46,19 @@ class Artifact:
     path: Path
     details: Mapping[str, Any]
     seconds: Mapping[str, float]
+
+
+@final
+@dataclass(frozen=True)
+class Tried:
+    """A candidate's network, and what it gave for `Builder.sample_inputs` in passing.
+
+    Attributes:
+        outputs: flat list; None for networks that were trained or not changed.
+    """
+
+    network: nn.Module
+    outputs: list[Tensor] | None
 
 
 @final
@@ -78,6 +94,10 @@ class Builder:
             settings.repair_samples,
             bf16=bf16_pays(self._calibration[0].device),
         )
+        order = torch.randperm(
+            len(workload.search_split), generator=torch.Generator().manual_seed(0)
+        )
+        self._sample = workload.search_split.subset(order[:_SAMPLE])
         self._artifacts = folder / "artifacts"
         self._trainer = Trainer(bank, self._repair, workload, folder / "recovered")
         self._artifacts.mkdir(parents=True, exist_ok=True)
@@ -111,7 +131,7 @@ class Builder:
                 advice="quantize either the whole network or single layers; train what there is",
             )
         clock = Stopwatch()
-        network = network or self.network(plan, clock, watch)
+        network = network or self.network(plan, clock, watch).network
         with clock.step("export"):
             floating = self._exporter.export(network)
         with clock.step("quantize"):
@@ -148,9 +168,20 @@ class Builder:
             encode_file(model, target)
         return target.stat().st_size
 
-    def network(self, plan: Plan, clock: Stopwatch, watch: Watch = _UNWATCHED) -> nn.Module:
+    @property
+    def sample(self) -> Split:
+        """The few samples of the search split that each network is run on in passing."""
+        return self._sample
+
+    @property
+    def sample_inputs(self) -> tuple[Tensor, ...]:
+        """What `Tried.outputs` belong to: calibration inputs, then those of `sample`."""
+        pairs = zip(self._repair.inputs, self._sample.inputs, strict=True)
+        return tuple(torch.cat(pair) for pair in pairs)
+
+    def network(self, plan: Plan, clock: Stopwatch, watch: Watch = _UNWATCHED) -> Tried:
         """The candidate's network: quantized weights, batch norms still apart."""
-        stitched = self._trained(plan, clock, watch)
+        stitched, outputs = self._trained(plan, clock, watch)
         network = stitched.network
         for decision in plan.of(Equalize.technique).values():
             assert isinstance(decision, Equalize)
@@ -160,9 +191,11 @@ class Builder:
             apply_stage(self._bank, stitched, plan, Stage.QUANTIZE)
         if any(technique_of(s.decision).stage is Stage.QUANTIZE for s in plan.steps):
             with clock.step("repair_rounded"):
-                self._repair(network, stitched.kept_channels)
-        self._trainer.retrain(network, plan, clock.step, watch)
-        return network
+                outputs = self._repair(network, stitched.kept_channels, self._sample.inputs)
+        if any(technique_of(s.decision).stage in _TRAINING for s in plan.steps):
+            self._trainer.retrain(network, plan, clock.step, watch)
+            outputs = None
+        return Tried(network, outputs)
 
     def training_seconds(self, plan: Plan) -> float | None:
         """An estimate of how long the trainings of a plan will take (see `Trainer.seconds`).
@@ -177,8 +210,14 @@ class Builder:
             return 0.0
         return self._trainer.seconds(stitch(self._bank, shape).network, plan)
 
-    def _trained(self, plan: Plan, clock: Stopwatch, watch: Watch) -> Stitched:
-        """The float network, trained if the plan says so; what was trained before is read."""
+    def _trained(
+        self, plan: Plan, clock: Stopwatch, watch: Watch
+    ) -> tuple[Stitched, list[Tensor] | None]:
+        """The float network, trained if the plan says so, and the outputs of its repair.
+
+        What was trained before is read.
+        """
+        outputs = None
         shape = _until(plan, Stage.RECOVER)
         with clock.step("stitch"):
             stitched = stitch(self._bank, shape)
@@ -186,8 +225,10 @@ class Builder:
             self._trainer.recover(stitched, shape, clock.step, watch)
         elif shape.steps and _reads_norms(plan):
             with clock.step("repair"):
-                self._repair(stitched.network, stitched.kept_channels)
-        return stitched
+                outputs = self._repair(
+                    stitched.network, stitched.kept_channels, self._sample.inputs
+                )
+        return stitched, outputs
 
     def _quantized(
         self, floating: FloatModel, plan: Plan

@@ -56,7 +56,7 @@ class CalibrationSettings(Strict):
     """How much calibration data each step reads."""
 
     statistics_samples: int = Field(default=1024, ge=1)
-    repair_samples: int = Field(default=256, ge=1)
+    repair_samples: int = Field(default=128, ge=1)
     rows_per_layer: int = Field(default=65536, ge=64)
 
 

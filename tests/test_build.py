@@ -126,7 +126,7 @@ def test_training_brings_a_pruned_network_nearer_and_is_kept(
 def test_pruning_in_rounds_ends_at_the_wanted_sparsity(builder: Builder) -> None:
     sparse = everywhere(WeightPrune(sparsity=0.8))
     wanted = plan(sparse, whole(Recover(epochs=2, pruning_rounds=2)))
-    network = builder.network(wanted, Stopwatch())
+    network = builder.network(wanted, Stopwatch()).network
     for name in LAYERS:
         weight = network.get_submodule(name).weight
         assert float((weight == 0).float().mean()) == pytest.approx(0.8, abs=0.02)
@@ -161,7 +161,7 @@ def test_an_old_container_is_not_taken_for_a_new_file(builder: Builder) -> None:
 
 def test_masks_of_a_pruning_in_rounds_come_back(builder: Builder) -> None:
     wanted = plan(everywhere(WeightPrune(sparsity=0.5)), whole(Recover(epochs=2, pruning_rounds=2)))
-    fresh, again = (builder.network(wanted, Stopwatch()) for _ in range(2))
+    fresh, again = (builder.network(wanted, Stopwatch()).network for _ in range(2))
     for name in LAYERS:
         one, other = fresh.get_submodule(name), again.get_submodule(name)
         assert torch.equal(one.weight, other.weight)

@@ -76,7 +76,7 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
 def train(builder: Builder, wanted: Plan) -> tuple[nn.Module, int]:
     """The trained network, and how many steps were done for it."""
     counter = Counter()
-    return builder.network(wanted, Stopwatch(), counter.watch), counter.steps
+    return builder.network(wanted, Stopwatch(), counter.watch).network, counter.steps
 
 
 def test_every_cycle_is_twice_as_long_as_the_one_before_it() -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, nn
 
-from autocompress.graph.layers import NORM_TYPES
+from autocompress.graph.layers import NORM_TYPES, flatten_outputs
 
 # Where the estimate for a channel's variance falls below this share of the sample's, the sample's
 # own is taken: the control variate may overshoot on a channel that has little in common with it.
@@ -75,20 +75,39 @@ class BatchNormRepair:
             self._before[name] = _Observed(first[:samples], second[:samples])
             self._all[name] = _Observed(first.mean(0), second.mean(0))
 
-    def __call__(self, network: nn.Module, kept_channels: Mapping[str, Sequence[int]]) -> None:
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The samples that a changed network is run on."""
+        return self._inputs
+
+    def __call__(
+        self,
+        network: nn.Module,
+        kept_channels: Mapping[str, Sequence[int]],
+        beside: tuple[Tensor, ...] = (),
+    ) -> list[Tensor]:
         """Set a changed network's statistics, layer after layer in one pass, in place.
 
         Args:
             network: stitched from the original; in evaluation mode.
             kept_channels: for batch norms that lost channels, the original numbers of the others.
+            beside: further samples, which pass the repaired norms and have no say in them.
+
+        Returns:
+            The repaired network's outputs as a flat list, for `inputs` and then for `beside`.
         """
+        own = len(self._inputs[0])
+        inputs = self._inputs
+        if beside:
+            inputs = tuple(torch.cat(pair) for pair in zip(inputs, beside, strict=True))
+        rows = len(inputs[0])
 
         def repair(name: str, norm: Any, x: Tensor) -> None:
             if name not in self._all:
                 return
             true, before = self._all[name], self._before[name]
             kept = list(kept_channels.get(name, range(len(true.first))))
-            now = _observe(x)
+            now = _observe(x[: len(x) * own // rows])
             mean = _controlled(now.first, before.first[:, kept], true.first[kept])
             second = _controlled(now.second, before.second[:, kept], true.second[kept])
             sample = now.second.mean(0) - now.first.mean(0).square()
@@ -97,7 +116,7 @@ class BatchNormRepair:
             norm.running_mean.copy_(torch.where(sound, mean, now.first.mean(0)))
             norm.running_var.copy_(torch.where(sound, variance, sample))
 
-        _run(network, self._inputs, repair, bf16=self._bf16)
+        return _run(network, inputs, repair, bf16=self._bf16)
 
 
 def _run(
@@ -106,8 +125,8 @@ def _run(
     visit: Callable[[str, Any, Tensor], None],
     *,
     bf16: bool,
-) -> None:
-    """Run a network and visit each batch norm just before it does its work."""
+) -> list[Tensor]:
+    """Run a network and visit each batch norm just before it does its work; its outputs."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, args: visit(name, module, args[0])
@@ -115,7 +134,7 @@ def _run(
     handles = [norm.register_forward_pre_hook(hook(name)) for name, norm in _norms(network)]
     try:
         with torch.no_grad(), torch.autocast(inputs[0].device.type, torch.bfloat16, bf16):
-            network(*inputs)
+            return flatten_outputs(network(*inputs))
     finally:
         for handle in handles:
             handle.remove()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +19,13 @@ import torch
 from torch import nn
 
 from autocompress.build import Stopwatch
+from autocompress.config import Objective
 from autocompress.device import DeviceProfile
 from autocompress.errors import DeviceError, SearchError
 from autocompress.evaluate import Evaluation
 from autocompress.search.context import SearchContext
 from autocompress.search.costs.models import CostModels
-from autocompress.search.judge import Judge, Judgement
+from autocompress.search.judge import Interval, Judge, Judgement
 from autocompress.search.promotion import FrontGain, Judged, Pool
 from autocompress.search.study import Proposal, Study
 from autocompress.techniques import Stage, technique_of
@@ -34,8 +35,8 @@ _AHEAD = 2
 # Judged plans that wait, and how much their networks may take together.
 _POOL = 24
 _POOL_BYTES = 1 << 29
-# After so many judged plans without a promising one the best of them is measured all the same.
-_PATIENCE = 16
+# Of so many judged plans the best is measured though none promises anything.
+_PATIENCE = 3
 # If so many candidates fail one after another, something is wrong with all of them.
 _HOPELESS = 10
 _WAIT_S = 1.0
@@ -169,9 +170,11 @@ class Explorer:
     def _judge_one(self, proposal: Proposal) -> None:
         self._study.begin_judging(proposal)
         try:
-            network = self._context.evaluator.builder.network(proposal.plan, Stopwatch())
+            tried = self._context.evaluator.builder.network(proposal.plan, Stopwatch())
             predicted = self._costs.predict(proposal.indices, proposal.runtime)
-            judgement = self._judge.judge(network, predicted, self._study.evaluations_on_front)
+            judgement = self._judge.judge(
+                tried, predicted, self._study.evaluations_on_front, self._promises
+            )
         except (DeviceError, OSError):
             raise
         except Exception as cause:
@@ -183,17 +186,28 @@ class Explorer:
         if judgement.dominated:
             self._study.set_aside(proposal)
             return
-        if _POOL * _bytes_of(network) <= _POOL_BYTES:
-            self._networks[proposal.candidate] = network
+        if _POOL * _bytes_of(tried.network) <= _POOL_BYTES:
+            self._networks[proposal.candidate] = tried.network
         self._pool.add(Judged(proposal, judgement))
 
-    def _most_promising(self) -> Judged | None:
+    def _front_gain(self) -> FrontGain:
         if self._gain is None:
             measured = self._study.evaluations_on_front
             self._gain = FrontGain(measured, self._original, self._objectives)
-        impatient = self._count.since_promising >= _PATIENCE and not self._under_way
+        return self._gain
+
+    def _promises(self, estimates: Mapping[Objective, Interval]) -> bool:
+        """Whether estimates lie beyond the front."""
+        return self._front_gain().of_estimates(estimates) > 0
+
+    def _most_promising(self) -> Judged | None:
+        # An idle device measures the best there is, whatever it promises.
+        impatient = self._count.since_promising >= _PATIENCE and len(self._under_way) < 2
         taken, gone = self._pool.take(
-            self._gain, self._study.evaluations_on_front, self._objectives, anything=impatient
+            self._front_gain(),
+            self._study.evaluations_on_front,
+            self._objectives,
+            anything=impatient,
         )
         for judged in gone:
             self._let_go(judged)

@@ -6,7 +6,7 @@ Estimates decide what is measured; they never stand among measured figures.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from autocompress.build import Builder, Tried
 from autocompress.config import Objective
 from autocompress.evaluate import Evaluation
 from autocompress.recover.autocast import bf16_pays
@@ -23,8 +24,9 @@ from autocompress.search.sensitivity import output_loss
 from autocompress.workload import Split, Workload, network_outputs, score
 from autocompress.workload.types import Array
 
-_CHUNK = 64
-_CHUNKS = 4
+_FURTHER = 192
+# A user's metric is taken on so many parts of the samples, to see how it varies.
+_PARTS = 8
 # "Beyond doubt": a true value outside so many standard deviations is rarer than one in 700.
 _SIGMAS = 3.0
 _FEW_MEASURED = 8
@@ -82,57 +84,99 @@ class Judgement:
 
 
 @final
+@dataclass(frozen=True)
+class Seen:
+    """What a network lost against the original on some samples.
+
+    Attributes:
+        differences: of the metric, a value per labelled sample; for a user's metric per part.
+        loss: of the outputs, see `sensitivity.output_loss`.
+        samples: how many it was.
+    """
+
+    differences: NDArray[np.float64]
+    loss: float
+    samples: int
+
+
+@final
 class Sample:
-    """The first samples of the search split in a random order, with the original's outputs.
+    """Samples that plans are judged on, with what the original network makes of them.
+
+    The first ones every network passes anyway while it is repaired; the rest costs a pass more.
 
     Args:
         workload: its network is in evaluation mode.
-        seed: of the order.
+        builder: runs networks on its own sample in passing.
+        seed: of the order of the further samples.
     """
 
-    def __init__(self, workload: Workload, seed: int) -> None:
+    def __init__(self, workload: Workload, builder: Builder, seed: int) -> None:
         split = workload.search_split
-        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-        self._workload = workload
-        self._chunks = [
-            split.subset(part) for part in torch.split(order[: _CHUNK * _CHUNKS], _CHUNK)
-        ]
-        self._originals = [rough_outputs(workload.network, c.inputs) for c in self._chunks]
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed + 1))
+        self._metric = workload.metric
+        self._splits = (builder.sample, split.subset(order[:_FURTHER]))
+        first, further = builder.sample_inputs, self._splits[1].inputs
+        self._originals = [rough_outputs(workload.network, x) for x in (first, further)]
+        own = len(builder.sample)
+        self._labelled = [tuple(o[-own:] for o in self._originals[0]), self._originals[1]]
         self._scores = [
-            self._score(o, c, o) for o, c in zip(self._originals, self._chunks, strict=True)
+            self._score(o, s, o) for o, s in zip(self._labelled, self._splits, strict=True)
         ]
 
-    @property
-    def chunks(self) -> int:
-        """How many chunks there are."""
-        return len(self._chunks)
+    def first(self, tried: Tried, inputs: tuple[Tensor, ...]) -> Seen:
+        """What a network loses on the samples that it has passed.
 
-    def run(self, network: nn.Module, chunk: int) -> tuple[NDArray[np.float64], float]:
-        """What a network loses against the original on a chunk.
-
-        Returns:
-            Differences of the metric, a value per sample or, for a user's metric, one for all;
-            and the loss of the outputs.
+        Args:
+            inputs: the builder's `sample_inputs`, for networks that have not passed them.
 
         Raises:
             WorkloadError: the network or the metric fails.
         """
-        split, original = self._chunks[chunk], self._originals[chunk]
-        outputs = rough_outputs(network, split.inputs)
-        lost = self._score(outputs, split, original) - self._scores[chunk]
-        before, now = ([torch.from_numpy(o) for o in side] for side in (original, outputs))
-        scores = not callable(self._workload.metric)
-        return lost, output_loss(before, now, class_scores=scores)
+        outputs = (
+            rough_outputs(tried.network, inputs)
+            if tried.outputs is None
+            else tuple(o.float().numpy() for o in tried.outputs)
+        )
+        own = len(self._splits[0])
+        return self._seen(0, outputs, tuple(o[-own:] for o in outputs))
+
+    def further(self, network: nn.Module) -> Seen:
+        """What a network loses on the rest.
+
+        Raises:
+            WorkloadError: the network or the metric fails.
+        """
+        outputs = rough_outputs(network, self._splits[1].inputs)
+        return self._seen(1, outputs, outputs)
+
+    def _seen(self, part: int, outputs: tuple[Array, ...], labelled: tuple[Array, ...]) -> Seen:
+        lost = self._score(labelled, self._splits[part], self._labelled[part])
+        sides = (self._originals[part], outputs)
+        before, now = ([torch.from_numpy(o) for o in side] for side in sides)
+        scores = not callable(self._metric)
+        loss = output_loss(before, now, class_scores=scores)
+        return Seen(lost - self._scores[part], loss, len(outputs[0]))
 
     def _score(
-        self, outputs: Sequence[Any], split: Split, original: tuple[Any, ...]
+        self, outputs: tuple[Array, ...], split: Split, original: tuple[Array, ...]
     ) -> NDArray[np.float64]:
-        metric = self._workload.metric
-        if callable(metric):
-            return np.array([score(metric, tuple(outputs), split.targets, original)])
-        wanted = original[0].argmax(1) if metric == "agreement" else np.asarray(split.targets)
+        if callable(self._metric):
+            parts = np.array_split(np.arange(len(split)), min(_PARTS, len(split)))
+            return np.array([self._part_score(outputs, split, original, p) for p in parts])
+        wanted = original[0].argmax(1) if self._metric == "agreement" else np.asarray(split.targets)
         right = (outputs[0].argmax(1) == wanted).reshape(len(split), -1)
         return np.asarray(right.mean(1), dtype=np.float64)
+
+    def _part_score(
+        self,
+        outputs: tuple[Array, ...],
+        split: Split,
+        original: tuple[Array, ...],
+        part: NDArray[np.intp],
+    ) -> float:
+        mine, theirs = (tuple(o[part] for o in side) for side in (outputs, original))
+        return score(self._metric, mine, split.subset(torch.from_numpy(part)).targets, theirs)
 
 
 def rough_outputs(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Array, ...]:
@@ -193,66 +237,70 @@ class Judge:
     """Judges plans by running their networks on a sample.
 
     Args:
-        sample: of the search split.
+        sample: what plans are judged on.
+        inputs: the builder's `sample_inputs`.
         objectives: what the search goes by.
         original: the original network's figures on the search split.
     """
 
     def __init__(
-        self, sample: Sample, objectives: Sequence[Objective], original: Evaluation
+        self,
+        sample: Sample,
+        inputs: tuple[Tensor, ...],
+        objectives: Sequence[Objective],
+        original: Evaluation,
     ) -> None:
-        self._sample = sample
+        self._sample, self._inputs = sample, inputs
         self._objectives = tuple(objectives)
         self._original = original
         self._losses = LossModel()
 
     def judge(
         self,
-        network: nn.Module,
+        tried: Tried,
         costs: Mapping[Objective, Interval],
         measured: Sequence[Evaluation],
+        promising: Callable[[Mapping[Objective, Interval]], bool],
     ) -> Judgement:
-        """Run a plan's network chunk by chunk until it is dominated beyond doubt, or to the end.
+        """Look at what a plan's network made of few samples, and at more if that may be worth it.
 
         Args:
-            network: the plan's, in evaluation mode.
+            tried: the plan's network, in evaluation mode.
             costs: what is predicted of other objectives than the metric.
             measured: the points that it must not be dominated by.
+            promising: whether a second look is worth it.
         """
-        differences: list[NDArray[np.float64]] = []
-        losses: list[float] = []
-        dominated, estimates = False, dict(costs)
-        for chunk in range(self._sample.chunks):
-            lost, loss = self._sample.run(network, chunk)
-            differences.append(lost)
-            losses.append(loss)
-            estimates = {**costs, "metric": self._metric(differences, losses)}
+        seen = [self._sample.first(tried, self._inputs)]
+        estimates = {**costs, "metric": self._metric(seen)}
+        dominated = is_dominated(estimates, measured, self._objectives)
+        if not dominated and promising(estimates):
+            seen.append(self._sample.further(tried.network))
+            estimates = {**costs, "metric": self._metric(seen)}
             dominated = is_dominated(estimates, measured, self._objectives)
-            if dominated:
-                break
-        samples = len(losses) * _CHUNK
-        return Judgement(estimates, float(np.mean(losses)), samples, dominated)
+        return Judgement(estimates, _mean_loss(seen), sum(s.samples for s in seen), dominated)
 
     def learn(self, judgement: Judgement, evaluation: Evaluation) -> None:
         """Take in what a judged plan turned out to be."""
         lost = evaluation.metric.value - self._original.metric.value
         self._losses.observe(judgement.loss, lost)
 
-    def _metric(
-        self, differences: Sequence[NDArray[np.float64]], losses: Sequence[float]
-    ) -> Interval:
+    def _metric(self, seen: Sequence[Seen]) -> Interval:
         """The metric on the whole split: what the sample says, joined with what the loss says.
 
         The ends are the sample's alone: they are a bound, the model is none.
         """
         level = self._original.metric.value
-        sample = mean_difference(np.concatenate(differences))
-        value, predicted = sample.value, self._losses.predict(float(np.mean(losses)))
+        sample = mean_difference(np.concatenate([s.differences for s in seen]))
+        value, predicted = sample.value, self._losses.predict(_mean_loss(seen))
         if predicted is not None:
             mean, spread = predicted
             own, other = 1 / sample.deviation**2, 1 / max(spread, 1e-6) ** 2
             value = (own * value + other * mean) / (own + other)
         return Interval(level + value, level + sample.low, level + sample.high)
+
+
+def _mean_loss(seen: Sequence[Seen]) -> float:
+    return sum(s.loss * s.samples for s in seen) / sum(s.samples for s in seen)
 
 
 def is_dominated(

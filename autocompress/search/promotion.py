@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -14,7 +14,7 @@ from autocompress.config import Objective
 from autocompress.evaluate import Evaluation
 from autocompress.pareto import hypervolume, non_dominated
 from autocompress.search.front import MAXIMISE, objective_values
-from autocompress.search.judge import Judgement, is_dominated
+from autocompress.search.judge import Interval, Judgement, is_dominated
 from autocompress.search.study import Proposal
 
 # A share of the original's metric; what loses more is no use to anybody.
@@ -59,11 +59,22 @@ class FrontGain:
         self._volume = self._measure(self._front)
 
     def of(self, values: Sequence[float]) -> float:
-        """The gain of a point in the objectives' own units; unknown values are the original's."""
+        """The gain of a point in the objectives' own units; unknown values are the original's.
+
+        Below zero for a point that adds nothing: by how much all its scaled values would have to
+        fall for that (the additive epsilon indicator, Zitzler et al. 2003).
+        """
         point = np.array(values, dtype=np.float64)
-        point = np.where(np.isfinite(point), point, self._base)
-        cost = self._costs(point[None])
-        return self._measure(np.concatenate([self._front, cost])) - self._volume
+        cost = self._costs(np.where(np.isfinite(point), point, self._base)[None])
+        gain = self._measure(np.concatenate([self._front, cost])) - self._volume
+        if gain > 0 or not len(self._front):
+            return gain
+        return -float((cost - self._front).min(axis=1).max())
+
+    def of_estimates(self, estimates: Mapping[Objective, Interval]) -> float:
+        """The gain of a point that is estimated; see `of`."""
+        names = self._objectives
+        return self.of([estimates[n].value if n in estimates else math.nan for n in names])
 
     def _costs(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         columns = []
@@ -121,7 +132,7 @@ class Pool:
         for judged in self._waiting:
             lost = is_dominated(judged.judgement.estimates, measured, objectives)
             (gone if lost else alive).append(judged)
-        gains = [self._gain(gain, judged, objectives) for judged in alive]
+        gains = [gain.of_estimates(judged.judgement.estimates) for judged in alive]
         order = sorted(range(len(alive)), key=lambda i: -gains[i])
         taken = alive[order[0]] if order and (anything or gains[order[0]] > 0) else None
         rest = [alive[i] for i in order if alive[i] is not taken]
@@ -132,8 +143,3 @@ class Pool:
         """Let all go."""
         gone, self._waiting = self._waiting, []
         return gone
-
-    @staticmethod
-    def _gain(gain: FrontGain, judged: Judged, objectives: Sequence[Objective]) -> float:
-        estimates = judged.judgement.estimates
-        return gain.of([estimates[n].value if n in estimates else math.nan for n in objectives])

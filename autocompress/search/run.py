@@ -150,7 +150,9 @@ class _Search:
         """Find seeds, then search until the time or the trials are used up."""
         original = self._references[0]
         start = self._start()
-        sample = Sample(self._context.prepared.workload, self._context.settings.seed)
+        builder = self._context.evaluator.builder
+        workload, seed = self._context.prepared.workload, self._context.settings.seed
+        sample = Sample(workload, builder, seed)
         outcome = Outcome(
             self._allowed,
             self._finished_one,
@@ -160,7 +162,7 @@ class _Search:
         explorer = Explorer(
             self._context,
             self._study,
-            Judge(sample, self._context.objectives, original),
+            Judge(sample, builder.sample_inputs, self._context.objectives, original),
             start.costs,
             original,
             outcome,

@@ -44,7 +44,6 @@ _LEAST_LOSS, _MOST_LOSS = 1e-3, 0.7
 # Plans that are refined: those whose summed loss is nearest to these, in nats.
 _REFINED_AT = (0.02, 0.06, 0.2)
 _TRIES = 48
-_SCORED = 256
 # Uniform plans beside those that were solved for: they need no model to be right.
 _UNIFORM = 6
 # Of a model that nothing was fitted to.
@@ -194,7 +193,8 @@ class Refinement:
         self._prepared, self._builder = prepared, builder
         self._keep_busy, self._stop = keep_busy, stop
         self._known = _Scores(prepared.folder.path / "refinement.jsonl")
-        inputs = tuple(x[:_SCORED] for x in prepared.workload.calibration.inputs)
+        self._samples = len(builder.sample_inputs[0]) - len(builder.sample)
+        inputs = tuple(x[: self._samples] for x in builder.sample_inputs)
         self._inputs = inputs
         self._original = [
             torch.from_numpy(o) for o in rough_outputs(prepared.workload.network, inputs)
@@ -217,8 +217,12 @@ class Refinement:
         self._keep_busy()
         plan = self._prepared.space.plan(indices)
         try:
-            network = self._builder.network(plan, Stopwatch())
-            outputs = [torch.from_numpy(o) for o in rough_outputs(network, self._inputs)]
+            tried = self._builder.network(plan, Stopwatch())
+            if tried.outputs is None:
+                outputs = [torch.from_numpy(o) for o in rough_outputs(tried.network, self._inputs)]
+            else:
+                # Calibration inputs come first.
+                outputs = [o[: self._samples] for o in tried.outputs]
         except AutocompressError:
             # A plan that cannot be stitched is as bad as can be.
             return math.inf
