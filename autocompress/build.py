@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from autocompress.config import CalibrationSettings
 from autocompress.device import DeviceProfile
 from autocompress.errors import PlanError
 from autocompress.export import Exporter, FloatModel, StockOptions, quantize, stock_quantize
-from autocompress.export.coding import CODED_SUFFIX, encode_file
+from autocompress.export.coding import CODED_SUFFIX
+from autocompress.export.coding.beside import Coding
 from autocompress.files import write_whole
 from autocompress.plan import Plan
 from autocompress.recover import BatchNormRepair, Trainer, Watch, recovery_of
@@ -161,12 +162,9 @@ class Builder:
             self._stock(onnx.load(original), self.path(name), StockOptions())
         return Artifact(self.path(name), {}, clock.seconds)
 
-    def code(self, model: Path) -> int:
-        """Write a file's coded container beside it; its size in bytes."""
-        target = model.with_suffix(CODED_SUFFIX)
-        if not target.is_file():
-            encode_file(model, target)
-        return target.stat().st_size
+    def start_coding(self, model: Path, cores: Collection[int], *, checked: bool) -> Coding:
+        """Begin to write a file's coded container beside it; see `Coding`."""
+        return Coding(model, model.with_suffix(CODED_SUFFIX), cores, checked=checked)
 
     @property
     def sample(self) -> Split:

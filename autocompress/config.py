@@ -45,7 +45,7 @@ class SearchSettings(Strict):
     trials: int | None = Field(default=None, ge=1)
     time_s: float | None = Field(default=None, gt=0)
     seed: int = Field(default=0, ge=0)
-    sampler: Sampler = "tpe"
+    sampler: Sampler = "mutation"
     finalists: int = Field(default=20, ge=1)
     limits: tuple[str, ...] = ()
     survivors: bool = True

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
@@ -13,6 +15,7 @@ from torch import nn
 from autocompress.build import Artifact, Builder, Stopwatch
 from autocompress.device import DeviceProfile, Fingerprint
 from autocompress.errors import ExportError
+from autocompress.export.coding.beside import Coding
 from autocompress.files import write_json
 from autocompress.measure.client import Subject, Worker
 from autocompress.measure.latency import PairedLatency
@@ -251,23 +254,22 @@ class Evaluator:
         clock = Stopwatch()
         subject = Subject(artifact.path, runtime)
         candidate = candidate_name(artifact.path.stem, runtime, self._profile.runtime_names[0])
-        with clock.step("metric"):
-            pool = self._scoring if final else self._beside
-            metric = self._metric(subject, split, pool)
-        with clock.step("latency"):
-            paired = self._timing.compare(
-                self._baseline, subject, self._example, final=final, seed=0
-            )
-        memory = None
-        if final or self._extras.memory:
-            with clock.step("memory"):
-                memory = peak_memory(subject, self._example, self._profile)
-        details = dict(artifact.details) | _circumstances(paired)
-        energy = self._energy(subject, clock, details, final=final)
-        download_bytes = None
-        if final or self._extras.coded:
+        with self._coding(artifact.path, final=final) as coding:
+            with clock.step("metric"):
+                pool = self._scoring if final else self._beside
+                metric = self._metric(subject, split, pool)
+            with clock.step("latency"):
+                paired = self._timing.compare(
+                    self._baseline, subject, self._example, final=final, seed=0
+                )
+            memory = None
+            if final or self._extras.memory:
+                with clock.step("memory"):
+                    memory = peak_memory(subject, self._example, self._profile)
+            details = dict(artifact.details) | _circumstances(paired)
+            energy = self._energy(subject, clock, details, final=final)
             with clock.step("code"):
-                download_bytes = self._code(artifact.path, details)
+                download_bytes = None if coding is None else self._coded(coding, details)
         self._keep_samples(f"{candidate}-{split}", paired)
         return Evaluation(
             candidate=candidate,
@@ -341,14 +343,30 @@ class Evaluator:
         details |= {"idle_mw": paired.idle_mw, "meter": paired.samples.scope}
         return paired.energy()
 
-    def _code(self, model: Path, details: dict[str, Any]) -> int | None:
+    @contextmanager
+    def _coding(self, model: Path, *, final: bool) -> Iterator[Coding | None]:
+        """The file's container, which is made beside what is measured; None if none is wanted."""
+        if not final and not self._extras.coded:
+            yield None
+            return
+        every = os.sched_getaffinity(0)
+        if self._profile.kind == "cpu" and self._profile.remote is None:
+            every = set(self._timing.cores)
+            every = every - set(self._profile.pinned_cores(self._timing.cores)) or every
+        coding = self._builder.start_coding(model, every, checked=final)
+        try:
+            yield coding
+        finally:
+            coding.cancel()
+
+    def _coded(self, coding: Coding, details: dict[str, Any]) -> int | None:
         """The container's bytes; None, with the reason in the details, if there is no need of it.
 
         Raises:
             ExportError: the file cannot be coded, and the search goes by its coded size.
         """
         try:
-            return self._builder.code(model)
+            return coding.wait()
         except ExportError as reason:
             if self._extras.coded:
                 raise

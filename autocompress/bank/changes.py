@@ -1,16 +1,17 @@
 """One decision at a time: modules that take a layer's place and keep the shapes of everything.
 
-A removed channel is a column of zeros in the layers that read it, so that the changed network runs
-beside the original one in the same batch.
+A removed channel is a column of zeros in the layers that read it, and layer norms pass it over, so
+that the changed network runs beside the original one in the same batch.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autocompress.bank.bank import Bank
@@ -62,6 +63,10 @@ def _readers(
             if bias is not None:
                 bias.add_(shift)
         changed[name] = module
+    for (name, _), removed in sides.items():
+        norm = bank.network.get_submodule(name)
+        if isinstance(norm, nn.LayerNorm):
+            changed[name] = _NarrowNorm(norm, removed).eval()
     return changed
 
 
@@ -80,6 +85,28 @@ def _layer(bank: Bank, technique: LayerTechnique, target: str, decision: Decisio
     problem = bank.folded_problem(target, module, gradients=technique.uses_gradients(decision))
     variant = technique.solve(problem, decision)
     return nn.Sequential(technique.install(module, variant, decision, bank.multiple), unfold).eval()
+
+
+@final
+class _NarrowNorm(nn.Module):
+    """A layer norm that removed channels have no part in; they become zero."""
+
+    def __init__(self, norm: nn.LayerNorm, removed: Sequence[int]) -> None:
+        super().__init__()
+        gone = set(removed)
+        kept = [i for i in range(norm.normalized_shape[-1]) if i not in gone]
+        self._shape, self._eps = (*norm.normalized_shape[:-1], len(kept)), norm.eps
+        self.register_buffer("kept", torch.tensor(kept))
+        for name in ("weight", "bias"):
+            value = cast("Tensor | None", getattr(norm, name))
+            self.register_buffer(name, None if value is None else value.detach()[..., kept])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (..., channels)."""
+        kept = cast(Tensor, self.kept)
+        weight, bias = (cast("Tensor | None", value) for value in (self.weight, self.bias))
+        normed = F.layer_norm(x[..., kept], self._shape, weight, bias, self._eps)
+        return torch.zeros_like(x).index_copy(-1, kept, normed.to(x))
 
 
 @final

@@ -42,7 +42,7 @@ _SAMPLES = (16, 64)
 # Samples of a pass: more do not make it more efficient.
 _PASS = 512
 _TINY = 1e-12
-_VERSION = 1
+_VERSION = 2
 
 
 @final
@@ -269,7 +269,9 @@ def _replace_parts(found: Sequence[tuple[int, nn.Module]], parts: int) -> Hook:
 
 def _rounded(module: nn.Module, x: Tensor) -> Tensor:
     """A quantized layer's inputs as its integers would hold them, by the range of the samples."""
-    how = getattr(module, "integer_weight", None)
+    # A layer whose batch norm was folded stands first in a sequence.
+    inner = module[0] if isinstance(module, nn.Sequential) else module
+    how = getattr(inner, "integer_weight", None)
     if how is None or how.activation_bits >= 32:
         return x
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from autocompress.bank import Bank
 from autocompress.build import Builder, Stopwatch
 from autocompress.config import Objective
-from autocompress.errors import AutocompressError, MeasurementError
+from autocompress.errors import AutocompressError, ExportError, MeasurementError
 from autocompress.evaluate import Evaluation
 from autocompress.files import write_json
 from autocompress.measure.client import Worker
@@ -37,6 +38,7 @@ from autocompress.search.seeding.spdy import PlanKey, RefineSettings, Scorer, pl
 from autocompress.search.seeds import uniform_seeds
 from autocompress.search.sensitivity import SensitivityRun, output_loss, sensitivity_folder
 from autocompress.search.study import RUNTIME, Study
+from autocompress.techniques import NETWORK, Stage
 
 # Plans of a frontier, from the unchanged network to the cheapest; many change too much to be used.
 _FRONTIER = 24
@@ -271,6 +273,43 @@ class Start:
     costs: CostModels
 
 
+def find_bits(context: SearchContext, original: Evaluation) -> dict[Decision | None, float]:
+    """Coded bits of a weight by what it is quantized to, from one coded file for each.
+
+    Empty if nobody asks for coded bytes. The key None is for float weights.
+
+    Args:
+        original: the original network's figures, its coded bytes among them.
+    """
+    if original.download_bytes is None:
+        return {}
+    weights = {x.name: x.weights for x in context.prepared.graph.layers}
+    floating = 8 * original.download_bytes / sum(weights.values())
+    found: dict[Decision | None, float] = {None: floating}
+    offered: dict[Decision, dict[str, int]] = {}
+    for parameter in context.prepared.space.parameters:
+        if parameter.stage is Stage.QUANTIZE and parameter.target != NETWORK:
+            for index, decision in enumerate(parameter.decisions, 1):
+                offered.setdefault(decision, {})[parameter.name] = index
+    jobs = []
+    cores = os.sched_getaffinity(0)
+    for decision, indices in offered.items():
+        plan = context.prepared.space.plan(indices)
+        try:
+            model = context.evaluator.artifact(plan).path
+        except ExportError:
+            # Then no plan with it can be measured either.
+            continue
+        own = sum(weights[step.target] for step in plan.steps if step.decision == decision)
+        coding = context.evaluator.builder.start_coding(model, cores, checked=False)
+        jobs.append((decision, own, coding))
+    rest = sum(weights.values())
+    for decision, own, coding in jobs:
+        coded = 8 * coding.wait() - floating * (rest - own)
+        found[decision] = max(coded / max(own, 1), 0.0)
+    return found
+
+
 def guessed_start(context: SearchContext, references: Sequence[Evaluation]) -> Start:
     """Nothing but guesses from multiply-accumulates."""
     return Start(None, cost_models(context.prepared, {}, _originals(references), {}))
@@ -295,7 +334,8 @@ def find_start(context: SearchContext, study: Study, references: Sequence[Evalua
         {"samples": sensitivities.samples, "losses": dict(sensitivities.losses)},
     )
     loss = sensitivities.of(prepared.space)
-    costs = cost_models(prepared, job.result(), _originals(references), {})
+    bits = find_bits(context, references[0])
+    costs = cost_models(prepared, job.result(), _originals(references), bits)
     keep_models(context.folder.path, prepared.space, loss, costs, references[0])
     seeds = frontier_seeds(loss, costs, context.objectives, context.runtimes)
     uniform = uniform_seeds(prepared.space)[:_UNIFORM]

@@ -1,0 +1,89 @@
+"""Coding in a process of its own, which leaves this one and the measuring cores alone.
+
+Contexts are mixed symbol by symbol in Python: in this process it would hold up everything else.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import final
+
+from autocompress.errors import ExportError
+from autocompress.export.coding.container import encode_with_sizes
+from autocompress.export.coding.files import encode_file
+from autocompress.files import write_whole
+
+_MODULE = "autocompress.export.coding.beside"
+
+
+@final
+class Coding:
+    """A container that is being made.
+
+    Args:
+        source: an ONNX file.
+        target: the container, written whole.
+        cores: where the process may run.
+        checked: decode it once to be sure, which takes as long again; else a container that is
+            there already is taken.
+    """
+
+    def __init__(
+        self, source: Path, target: Path, cores: Collection[int], *, checked: bool
+    ) -> None:
+        self._source, self._target = source, target
+        self._child: subprocess.Popen[str] | None = None
+        if checked or not target.is_file():
+            places = ",".join(map(str, sorted(cores)))
+            arguments = [str(source), str(target), places, "checked" if checked else "unchecked"]
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", _MODULE, *arguments],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+
+    def wait(self) -> int:
+        """The container's size in bytes.
+
+        Raises:
+            ExportError: the file cannot be coded.
+        """
+        if self._child is not None:
+            _, complaint = self._child.communicate()
+            if self._child.returncode:
+                lines = complaint.strip().splitlines() or [f"exit code {self._child.returncode}"]
+                raise ExportError(f"The file cannot be coded: {lines[-1]}", given=self._source)
+        return self._target.stat().st_size
+
+    def cancel(self) -> None:
+        """End the process, if it still runs."""
+        if self._child is not None and self._child.poll() is None:
+            self._child.kill()
+            self._child.communicate()
+
+
+def main(source: Path, target: Path, cores: Collection[int], *, checked: bool) -> None:
+    """What the process does.
+
+    Raises:
+        ExportError: the file cannot be coded.
+    """
+    os.sched_setaffinity(0, cores)
+    if checked:
+        encode_file(source, target)
+    else:
+        write_whole(target, encode_with_sizes(source.read_bytes())[0])
+
+
+if __name__ == "__main__":
+    first, second, places, mode = sys.argv[1:]
+    try:
+        numbers = {int(core) for core in places.split(",")}
+        main(Path(first), Path(second), numbers, checked=mode == "checked")
+    except ExportError as error:
+        sys.exit(str(error))
