@@ -139,18 +139,20 @@ class Explorer:
             self._wait()
 
     def keep_busy(self) -> None:
-        """Take in what is finished, and build the next candidate if the device will need it."""
+        """Take in what is finished, and build candidates that the device will need."""
         while self._under_way and self._under_way[0].future.done():
             self._take_in(self._under_way.popleft())
-        if len(self._under_way) < _AHEAD and self._allowed():
-            if self._study.seeds_waiting:
-                proposal = self._study.propose()
-                if proposal is not None:
-                    self._build(proposal, None)
-            else:
-                judged = self._most_promising()
-                if judged is not None:
-                    self._build(judged.proposal, judged.judgement)
+        while self._study.seeds_waiting and self._has_place():
+            proposal = self._study.propose()
+            if proposal is not None:
+                self._build(proposal, None)
+        if not self._study.seeds_waiting and self._has_place():
+            judged = self._most_promising()
+            if judged is not None:
+                self._build(judged.proposal, judged.judgement)
+
+    def _has_place(self) -> bool:
+        return len(self._under_way) < _AHEAD and self._allowed()
 
     def _allowed(self) -> bool:
         return self._outcome.allowed(self._study.finished + len(self._under_way))

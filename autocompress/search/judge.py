@@ -13,6 +13,8 @@ from typing import Any, final
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import norm
+from scipy.stats import t as student
 from torch import Tensor, nn
 
 from autocompress.build import Builder, Tried
@@ -92,11 +94,13 @@ class Seen:
         differences: of the metric, a value per labelled sample; for a user's metric per part.
         loss: of the outputs, see `sensitivity.output_loss`.
         samples: how many it was.
+        unit: what a labelled sample can change of a value, for metrics between 0 and 1.
     """
 
     differences: NDArray[np.float64]
     loss: float
     samples: int
+    unit: float
 
 
 @final
@@ -156,7 +160,8 @@ class Sample:
         before, now = ([torch.from_numpy(o) for o in side] for side in sides)
         scores = not callable(self._metric)
         loss = output_loss(before, now, class_scores=scores)
-        return Seen(lost - self._scores[part], loss, len(outputs[0]))
+        unit = len(lost) / len(labelled[0])
+        return Seen(lost - self._scores[part], loss, len(outputs[0]), unit)
 
     def _score(
         self, outputs: tuple[Array, ...], split: Split, original: tuple[Array, ...]
@@ -186,19 +191,22 @@ def rough_outputs(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Array
         return network_outputs(network, inputs)
 
 
-def mean_difference(differences: NDArray[np.float64]) -> Interval:
+def mean_difference(differences: NDArray[np.float64], unit: float = 1.0) -> Interval:
     """The mean of paired differences.
 
-    A pseudo-observation of one unit is added to the variance: few samples without any difference
-    do not show that there is none.
+    Two samples that gained a unit and two that lost it are added to the squares (as Agresti & Coull
+    1998 add to counts): few samples without any difference do not show that there is none. Few
+    parts have the quantile of Student's distribution.
 
     Args:
-        differences: shape (n,); of chunks or of single samples.
+        differences: shape (n,); of parts or of single samples.
+        unit: what one sample can change of a value.
     """
-    count = len(differences)
+    count, free = len(differences), max(len(differences) - 1, 1)
     mean = float(differences.mean())
-    variance = (float(np.square(differences - mean).sum()) + 1.0) / count
-    return Interval.around(mean, math.sqrt(variance / count))
+    squares = float(np.square(differences - mean).sum()) + 4.0 * unit**2
+    wider = float(student.ppf(norm.cdf(_SIGMAS), free)) / _SIGMAS
+    return Interval.around(mean, wider * math.sqrt(squares / free / count))
 
 
 @final
@@ -290,7 +298,8 @@ class Judge:
         The ends are the sample's alone: they are a bound, the model is none.
         """
         level = self._original.metric.value
-        sample = mean_difference(np.concatenate([s.differences for s in seen]))
+        differences = np.concatenate([s.differences for s in seen])
+        sample = mean_difference(differences, max(s.unit for s in seen))
         value, predicted = sample.value, self._losses.predict(_mean_loss(seen))
         if predicted is not None:
             mean, spread = predicted

@@ -182,14 +182,16 @@ def plan_of(shape: Shape, way: Plan, number: int) -> Plan:
 
 
 def halve(trained: Sequence[Trained], objectives: Sequence[Objective]) -> list[Shape]:
-    """The half that goes on: members of the trained front first, then those nearest to it."""
+    """The half that goes on: shapes with a file on the trained front, then those next to it."""
     count = (len(trained) + 1) // 2
     left = list(trained)
     chosen: list[Trained] = []
     while left and len(chosen) < count:
-        values = [max(_points(t, objectives), key=lambda row: row[0]) for t in left]
-        mask = non_dominated(np.array(values), maximise=[MAXIMISE[n] for n in objectives])
-        layer = [t for t, on in zip(left, mask, strict=True) if on]
+        files = [(i, e) for i, t in enumerate(left) for e in t.evaluations]
+        values = np.array([objective_values(e, objectives) for _, e in files])
+        mask = non_dominated(values, maximise=[MAXIMISE[n] for n in objectives])
+        on = {i for (i, _), best in zip(files, mask, strict=True) if best}
+        layer = [t for i, t in enumerate(left) if i in on]
         # Of a layer that does not fit as a whole, the most accurate: they are what users take.
         layer.sort(key=lambda t: -t.metric)
         chosen += layer[: count - len(chosen)]
@@ -257,13 +259,6 @@ def _quantization_of(evaluation: Evaluation) -> Plan:
 def _has_few_bits(way: Plan) -> bool:
     quantized = [s.decision.model_dump() for s in way.steps]
     return any(values.get("weight_bits", 32) <= _FEW_BITS for values in quantized)
-
-
-def _points(trained: Trained, objectives: Sequence[Objective]) -> list[list[float]]:
-    names: list[Objective] = ["metric", *(n for n in objectives if n != "metric")]
-    order = [names.index(n) for n in objectives]
-    rows = [objective_values(e, names) for e in trained.evaluations]
-    return [[row[i] for i in order] for row in rows]
 
 
 def _on_front(

@@ -1,20 +1,16 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "experiments")]
-
 from networks import bank_of, graph_of, make_case, run
-from residual import Architecture, ResidualNetwork
+from torch import Tensor, nn
 
 from autocompress.bank import Bank
 from autocompress.bank.changes import changed_layers
@@ -315,15 +311,22 @@ def test_stronger_levels_never_cost_less_and_ties_add_up() -> None:
     assert found.constant == 0
 
 
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+
+
 def deep(blocks: int) -> Bank:
+    residual = importlib.import_module("residual")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = ResidualNetwork(Architecture(3, 10, (8, 16, 32), blocks)).eval()
+        network = residual.ResidualNetwork(residual.Architecture(3, 10, (8, 16, 32), blocks)).eval()
     layers = observe_layers(network, (torch.zeros(1, 3, 16, 16),))
     return Bank(network, NetworkGraph(layers, (), {}), 1, Path("unused"))
 
 
-def test_samples_fall_with_the_depth_so_that_the_work_is_bounded(tmp_path: Path) -> None:
+def test_samples_fall_with_the_depth_so_that_the_work_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
     inputs = (torch.zeros(256, 3, 16, 16),)
     decisions = tuple(LowRank(rank_ratio=r / 10) for r in range(1, 8))
     found = {}

@@ -1,0 +1,374 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from autocompress.device import load_profile
+from autocompress.errors import ExportError, MeasurementError, OutOfTimeError
+from autocompress.evaluate import Evaluation
+from autocompress.plan import Decision, Plan, Step
+from autocompress.search.progress import Silent
+from autocompress.search.space import Parameter, Space
+from autocompress.search.study import Sampling, Study
+from autocompress.search.survivors import (
+    RoundReport,
+    Shape,
+    Trained,
+    choose_shapes,
+    halve,
+    plan_of,
+    report_round,
+    run_round,
+    shapes_for,
+)
+from autocompress.search.training import SurvivorTraining
+from autocompress.techniques import NETWORK, Stage, read_plan
+from autocompress.techniques.equalize import Equalize
+from autocompress.techniques.filter_prune import FilterPrune
+from autocompress.techniques.precision import Precision
+from autocompress.techniques.qat import Qat
+from autocompress.techniques.recovery import Recover
+
+OBJECTIVES = ("metric", "latency")
+INT8 = Precision(weight_bits=8, activation_bits=8)
+INT4 = Precision(weight_bits=4, activation_bits=32)
+Make = Callable[..., Evaluation]
+
+
+def prune(ratio: float) -> list[Step]:
+    return [Step("conv", FilterPrune(pruning_ratio=ratio))] if ratio else []
+
+
+def plan(ratio: float, *quantized: Decision) -> Plan:
+    steps = [Step("network" if isinstance(d, Equalize) else "conv", d) for d in quantized]
+    return Plan((*prune(ratio), *steps))
+
+
+def member(
+    make: Make, ratio: float, metric: float, speedup: float, *quantized: Decision, runtime: str = ""
+) -> Evaluation:
+    wanted = plan(ratio, *quantized)
+    name = wanted.hash + (f"@{runtime}" if runtime else "")
+    return make(name, metric, speedup, plan=wanted)
+
+
+def shape(ratio: float, metric: float = 0.8, *ways: Plan) -> Shape:
+    return Shape(Plan(tuple(prune(ratio))), metric, tuple((w, "onnxruntime") for w in ways))
+
+
+def trained(make: Make, number: int, *figures: tuple[float, float]) -> Trained:
+    found = tuple(make(f"{number}-{i}", m, s) for i, (m, s) in enumerate(figures))
+    return Trained(shape(number / 100), found)
+
+
+def test_shapes_come_from_the_front_and_carry_its_ways(make_evaluation: Make) -> None:
+    make = make_evaluation
+    found = choose_shapes(
+        [
+            member(make, 0.2, 0.88, 1.5),
+            member(make, 0.2, 0.87, 3.0, INT8),
+            member(make, 0.5, 0.80, 4.0, INT8),
+            member(make, 0.6, 0.79, 2.0, INT8),  # dominated
+            member(make, 0.7, 0.60, 9.0, INT8),  # lost more than a quarter
+        ],
+        make("original", 0.9, 1.0),
+        OBJECTIVES,
+        count=8,
+    )
+    assert [len(s.steps.steps) for s in found] == [1, 1]
+    by_ratio = {s.steps.steps[0].decision: s for s in found}
+    mild, strong = (by_ratio[FilterPrune(pruning_ratio=r)] for r in (0.2, 0.5))
+    # The best member of a shape stands for it; its own way comes first, then the common ones.
+    assert mild.metric == pytest.approx(0.88)
+    assert [w.hash for w, _ in mild.ways] == [Plan().hash, plan(0, INT8).hash]
+    assert strong.metric == pytest.approx(0.80)
+    assert [w.hash for w, _ in strong.ways] == [plan(0, INT8).hash, Plan().hash]
+
+
+def test_shapes_are_spread_over_the_costs(make_evaluation: Make) -> None:
+    """Eleven members, a tenth faster each: of three shapes both ends and the middle."""
+    members = [member(make_evaluation, 0.05 * i + 0.01, 0.9 - 0.01 * i, 1.1**i) for i in range(11)]
+    original = make_evaluation("original", 0.9, 1.0)
+    found = choose_shapes(members, original, OBJECTIVES, count=3)
+    metrics = sorted(s.metric for s in found)
+    assert metrics == pytest.approx([0.8, 0.85, 0.9])
+    assert len(choose_shapes(members, original, OBJECTIVES, count=20)) == 11
+    assert choose_shapes([], original, OBJECTIVES, count=3) == []
+    worthless = [member(make_evaluation, 0.9, 0.1, 50.0)]
+    assert choose_shapes(worthless, original, OBJECTIVES, count=3) == []
+
+
+def test_every_cost_gets_its_share_and_no_shape_comes_twice(make_evaluation: Make) -> None:
+    def sized(ratio: float, metric: float, speedup: float, size: int) -> Evaluation:
+        steps = Plan(tuple(prune(ratio)))
+        return make_evaluation(steps.hash, metric, speedup, plan=steps, file_bytes=size)
+
+    members = [
+        sized(0.1, 0.89, 2.0, 900), sized(0.2, 0.85, 8.0, 900),
+        sized(0.3, 0.88, 1.0, 400), sized(0.4, 0.84, 1.0, 100),
+    ]  # fmt: skip
+    original = make_evaluation("original", 0.9, 1.0)
+    objectives = ("metric", "latency", "file_bytes")
+    found = choose_shapes(members, original, objectives, count=4)
+    ratios = {s.steps.steps[0].decision.model_dump()["pruning_ratio"] for s in found}
+    assert len(found) == len(ratios) <= 4
+    assert {0.2, 0.4} <= ratios
+
+
+def test_runtimes_are_ways_too(make_evaluation: Make) -> None:
+    members = [
+        member(make_evaluation, 0.2, 0.88, 2.0, INT8),
+        member(make_evaluation, 0.5, 0.85, 4.0, INT8, runtime="openvino"),
+        member(make_evaluation, 0.6, 0.84, 5.0, INT8, runtime="openvino"),
+    ]
+    found = choose_shapes(members, make_evaluation("original", 0.9, 1.0), OBJECTIVES, count=8)
+    assert [[runtime for _, runtime in s.ways] for s in found] == [
+        ["openvino", "onnxruntime"], ["openvino", "onnxruntime"], ["onnxruntime", "openvino"],
+    ]  # fmt: skip
+
+
+def test_plans_of_a_round() -> None:
+    shrunk = shape(0.5)
+    first = plan_of(shrunk, plan(0, INT8), 0)
+    assert [s.decision for s in first.steps if s.target == "conv"] == [
+        FilterPrune(pruning_ratio=0.5), INT8
+    ]  # fmt: skip
+    recover = [s.decision for s in first.steps if s.target == NETWORK]
+    assert recover == [Recover(epochs=0.5, cycles=1)]
+    third = plan_of(shrunk, plan(0, INT8), 2)
+    assert Recover(epochs=0.5, cycles=3) in [s.decision for s in third.steps]
+    # Rounding to few bits is trained in the last round only, where there are such weights.
+    trains = [
+        any(isinstance(s.decision, Qat) for s in plan_of(shrunk, plan(0, way), number).steps)
+        for way in (INT8, INT4)
+        for number in range(3)
+    ]
+    assert trains == [False, False, False, False, False, True]
+    # Equalization serves quantization only.
+    alone = plan_of(shrunk, Plan((Step(NETWORK, Equalize(iterations=2)),)), 0)
+    assert not any(isinstance(s.decision, Equalize) for s in alone.steps)
+
+
+def test_a_round_measures_every_way_of_every_shape(make_evaluation: Make) -> None:
+    shapes = [shape(0.2, 0.8, Plan(), plan(0, INT8)), shape(0.5, 0.8, plan(0, INT8))]
+    asked: list[str] = []
+    done: list[Trained] = []
+
+    def measure(wanted: Plan, runtime: str) -> Evaluation:
+        asked.append(wanted.hash)
+        return make_evaluation(wanted.hash, 0.8 + 0.01 * len(asked), 2.0, plan=wanted)
+
+    found, whole = run_round(shapes, 1, measure, done.append)
+    assert whole
+    assert asked == [plan_of(s, way, 1).hash for s in shapes for way, _ in s.ways]
+    assert found == done
+    assert [t.shape for t in found] == shapes
+    assert [len(t.evaluations) for t in found] == [2, 1]
+    assert found[0].metric == pytest.approx(0.82)
+
+
+def test_a_round_without_time_keeps_what_is_whole(make_evaluation: Make) -> None:
+    """A shape whose ways were not all measured is not compared with the others."""
+    both = (Plan(), plan(0, INT8))
+    shapes = [shape(r, 0.8, *both) for r in (0.2, 0.4, 0.6)]
+    asked: list[str] = []
+
+    def measure(wanted: Plan, runtime: str) -> Evaluation:
+        asked.append(wanted.hash)
+        if len(asked) == 4:
+            raise OutOfTimeError("Time is up.")
+        return make_evaluation(wanted.hash, 0.8, 2.0, plan=wanted)
+
+    found, whole = run_round(shapes, 0, measure, lambda _: None)
+    assert not whole
+    assert [t.shape for t in found] == shapes[:1]
+    assert len(asked) == 4
+
+
+@pytest.mark.parametrize("error", [ExportError("bad"), MeasurementError("bad")])
+def test_a_file_that_fails_ends_no_round(make_evaluation: Make, error: Exception) -> None:
+    shapes = [shape(0.2, 0.8, Plan(), plan(0, INT8)), shape(0.5, 0.8, plan(0, INT8))]
+
+    def measure(wanted: Plan, runtime: str) -> Evaluation:
+        if any(s.decision == INT8 for s in wanted.steps):
+            raise error
+        return make_evaluation(wanted.hash, 0.8, 2.0, plan=wanted)
+
+    found, whole = run_round(shapes, 0, measure, lambda _: None)
+    assert whole
+    assert [t.shape for t in found] == shapes[:1]
+    assert len(found[0].evaluations) == 1
+
+
+def test_a_device_that_is_gone_ends_the_round(make_evaluation: Make) -> None:
+    def measure(wanted: Plan, runtime: str) -> Evaluation:
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        run_round([shape(0.2, 0.8, Plan())], 0, measure, lambda _: None)
+
+
+def test_the_better_half_goes_on(make_evaluation: Make) -> None:
+    make = make_evaluation
+    some = [
+        trained(make, 1, (0.90, 1.0)),
+        trained(make, 2, (0.80, 4.0)),
+        trained(make, 3, (0.79, 3.0)),  # behind 2
+        trained(make, 4, (0.70, 2.0)),  # behind 2 and 3
+    ]
+    assert halve(some, OBJECTIVES) == [some[0].shape, some[1].shape]
+    assert halve(some[:3], OBJECTIVES) == [some[0].shape, some[1].shape]
+    assert halve(some[2:], OBJECTIVES) == [some[2].shape]
+    # The front's own members go first, then the layer behind them.
+    five = [*some, trained(make, 5, (0.60, 1.5))]
+    assert halve(five, OBJECTIVES) == [some[0].shape, some[1].shape, some[2].shape]
+    # Of a front that is too large the most accurate go on.
+    wide = [trained(make, i, (0.5 + 0.05 * i, 8.0 - i)) for i in range(5)]
+    assert halve(wide, OBJECTIVES) == [wide[i].shape for i in (4, 3, 2)]
+    assert halve([], OBJECTIVES) == []
+    assert halve(some[:1], OBJECTIVES) == [some[0].shape]
+
+
+@pytest.mark.parametrize("objectives", [("latency", "metric"), ("latency",), ("metric",)])
+def test_halving_in_any_objectives(make_evaluation: Make, objectives: Any) -> None:
+    some = [
+        trained(make_evaluation, 1, (0.90, 4.0), (0.5, 1.0)),
+        trained(make_evaluation, 2, (0.80, 2.0)),
+    ]
+    assert halve(some, objectives) == [some[0].shape]
+    assert halve(some[::-1], objectives) == [some[0].shape]
+
+
+def test_a_shape_is_on_the_front_if_any_of_its_files_is(make_evaluation: Make) -> None:
+    """The second is behind the first one in float, and far ahead in integers."""
+    some = [
+        trained(make_evaluation, 1, (0.80, 2.0)),
+        trained(make_evaluation, 2, (0.79, 1.0), (0.75, 8.0)),
+        trained(make_evaluation, 3, (0.795, 1.9)),
+    ]
+    assert halve(some, OBJECTIVES) == [some[0].shape, some[1].shape]
+
+
+def test_a_report_in_closed_form(make_evaluation: Make) -> None:
+    some = [trained(make_evaluation, i, (m, 2.0)) for i, m in enumerate((0.85, 0.83, 0.87))]
+    report = report_round(some, [0.7, 0.6, 0.65], 1)
+    assert (report.epochs, report.trained) == (1.0, 3)
+    assert report.gained == pytest.approx(0.05)
+    # Ranks 3 1 2 and 2 1 3: rho is 1 - 6 * (1 + 0 + 1) / (3 * 8).
+    assert report.rank_correlation == pytest.approx(0.5)
+    assert "trained 3 networks for 1 epochs" in report.text()
+    assert "+0.0500" in report.text()
+    assert "0.50" in report.text()
+    few = report_round(some[:2], [0.7, 0.6], 0)
+    assert math.isnan(few.rank_correlation)
+    assert "rank" not in few.text()
+    assert math.isnan(report_round(some, [0.7, 0.7, 0.7], 0).rank_correlation)
+    assert report_round([], [], 2) == RoundReport(2.0, 0, 0.0, pytest.approx(math.nan, nan_ok=True))
+
+
+def test_how_many_shapes_there_is_time_for() -> None:
+    assert shapes_for(1.0, None) == 16
+    # Three rounds of half an epoch's cost for each shape at first.
+    assert shapes_for(90.0, 6.0) == 10
+    assert shapes_for(1.0, 6.0) == 4
+    assert shapes_for(1e6, 6.0) == 16
+
+
+class Scene:
+    """A search's context whose training takes a second a network and always gains a point."""
+
+    def __init__(self, folder: Path, make: Make, pace: float | None = None) -> None:
+        space = Space((Parameter(Stage.PRUNE, "conv", (FilterPrune(pruning_ratio=0.5),)),))
+        self.study = Study(folder, space, load_profile("cpu"), OBJECTIVES, Sampling("random", 0))
+        self.make, self.pace = make, pace
+        self.budget = SimpleNamespace(spent_s=0.0)
+        self.built: list[Plan] = []
+        self.notes: list[str] = []
+        self.saved: list[str] = []
+        progress = Silent()
+        context: Any = SimpleNamespace(
+            objectives=OBJECTIVES, runtimes=("onnxruntime",), budget=self.budget,
+            progress=SimpleNamespace(
+                stage=progress.stage, advance=progress.advance, note=self.notes.append
+            ),
+            folder=SimpleNamespace(
+                path=folder, save_plan=lambda p: self.saved.append(p.hash),
+                save_seconds_spent=lambda s: None,
+            ),
+            evaluator=SimpleNamespace(
+                artifact=self._artifact,
+                builder=SimpleNamespace(training_seconds=lambda p: self.pace),
+            ),
+            measure=self._measure,
+        )  # fmt: skip
+        self.training = SurvivorTraining(
+            context, self.study, make("original", 0.9, 1.0), lambda: None
+        )
+
+    def _artifact(self, plan: Plan, network: None, watch: Any) -> Plan:
+        self.budget.spent_s += 1.0
+        if watch.stop():
+            raise OutOfTimeError("Time is up.")
+        self.built.append(plan)
+        return plan
+
+    def _measure(self, artifact: Plan, plan: Plan, *args: object, final: bool) -> Any:
+        ratio = plan.steps[0].decision.model_dump()["pruning_ratio"]
+        found = self.make(plan.hash, 0.9 - 0.1 * ratio, 1 + 4 * ratio, plan=plan)
+        return SimpleNamespace(result=lambda: found)
+
+
+def filled(folder: Path, make: Make, pace: float | None = None, count: int = 6) -> Scene:
+    scene = Scene(folder, make, pace)
+    for i in range(count):
+        ratio = 0.1 * (i + 1)
+        scene.study._keep(member(make, ratio, 0.9 - 0.12 * ratio, 1 + 4 * ratio))
+    return scene
+
+
+def rounds_of(plans: list[Plan]) -> list[int]:
+    recovers = [d for p in plans for d in [s.decision for s in p.steps] if isinstance(d, Recover)]
+    return [d.cycles for d in recovers]
+
+
+def test_survivors_are_trained_in_rounds_and_kept(tmp_path: Path, make_evaluation: Make) -> None:
+    scene = filled(tmp_path, make_evaluation)
+    scene.training.run(100.0)
+    assert rounds_of(scene.built) == [1] * 6 + [2] * 3 + [3] * 2
+    assert len(scene.study.trained) == len(scene.saved) == 11
+    reports = json.loads((tmp_path / "survivors.json").read_text())
+    assert [r["trained"] for r in reports] == [6, 3, 2]
+    assert len(scene.notes) == 3
+    for evaluation in scene.study.trained.values():
+        assert any(s.target == NETWORK for s in read_plan(evaluation.plan).steps)
+
+
+def test_what_was_trained_is_not_trained_again(tmp_path: Path, make_evaluation: Make) -> None:
+    first = filled(tmp_path, make_evaluation)
+    first.training.run(8.5)
+    assert rounds_of(first.built) == [1] * 6 + [2] * 2
+    again = filled(tmp_path, make_evaluation)
+    assert len(again.study.trained) == 8
+    again.training.run(100.0)
+    assert rounds_of(again.built) == [2] + [3] * 2
+    assert len(again.study.trained) == 11
+
+
+def test_a_slow_training_gets_fewer_shapes(tmp_path: Path, make_evaluation: Make) -> None:
+    scene = filled(tmp_path, make_evaluation, pace=30.0, count=9)
+    # 450 s are three rounds of 30 s for five shapes.
+    scene.training.run(450.0)
+    assert rounds_of(scene.built).count(1) == 5
+
+
+def test_nobody_to_train(tmp_path: Path, make_evaluation: Make) -> None:
+    scene = filled(tmp_path, make_evaluation, count=0)
+    scene.training.run(10.0)
+    assert not scene.built
+    assert not scene.notes
