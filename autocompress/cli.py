@@ -52,6 +52,10 @@ def search(
         str | None, typer.Option(help="Time in all, such as 90s, 10m or 1h30m.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the search.")] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(help="A hard limit, such as 'drop <= 1.0' or 'speedup >= 4'; repeatable."),
+    ] = None,
 ) -> None:
     """Search for compressed models, or go on where an earlier call ended or was killed.
 
@@ -62,7 +66,8 @@ def search(
     from autocompress.search.run import run_search
 
     with SearchDisplay() as display:
-        front = run_search(experiment, Options(run, trials, time, seed), display)
+        options = Options(run, trials, time, seed, tuple(limit or ()))
+        front = run_search(experiment, options, display)
     console = _console()
     _print_front(front.run, console)
     _print_failures(front.run, console)

@@ -201,3 +201,53 @@ def test_a_stock_quantizer_of_no_mode_does_nothing(builder: Builder) -> None:
 def test_plans_with_void_steps_are_refused(builder: Builder, steps: list[Step]) -> None:
     with pytest.raises(PlanError, match="void"):
         builder.build("bad", plan(steps))
+
+
+def test_sample_inputs_are_those_of_the_repair_and_then_some_of_the_search_split(
+    builder: Builder,
+) -> None:
+    data = workload()
+    (inputs,) = builder.sample_inputs
+    assert torch.equal(inputs[:32], data.calibration.inputs[0][:32])
+    assert torch.equal(inputs[32:], builder.sample.inputs[0])
+    # The whole of a small split, in an order that is the same for every builder.
+    split = data.search_split.inputs[0]
+    assert len(inputs) == 32 + len(split)
+    assert {row.sum().item() for row in inputs[32:]} == {row.sum().item() for row in split}
+    assert not torch.equal(inputs[32:], split)
+
+
+def test_two_builders_have_the_same_sample(tmp_path: Path, builder: Builder) -> None:
+    assert torch.equal(new_builder(tmp_path).sample_inputs[0], builder.sample_inputs[0])
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [Step("0", HALF)],
+        everywhere(INT8),
+        [Step("0", HALF), *everywhere(Precision(weight_bits=4, activation_bits=32))],
+        everywhere(Precision(weight_bits=8, activation_bits=8, granularity="tensor")),
+        everywhere(INT8) + whole(Equalize(iterations=2)),
+        [Step("0", HALF), *whole(StockQuantizer(mode="static"))],
+    ],
+    ids=["pruned", "int8", "pruned int4", "folded", "equalized", "stock"],
+)
+def test_outputs_in_passing_are_those_of_the_finished_network(
+    builder: Builder, steps: list[Step]
+) -> None:
+    tried = builder.network(plan(steps), Stopwatch())
+    assert not tried.network.training
+    with torch.no_grad():
+        expected = tried.network(*builder.sample_inputs)
+    assert tried.outputs is not None
+    (found,) = tried.outputs
+    # They may be in bf16.
+    assert float((found - expected).norm()) < 0.03 * float((expected - expected.mean(0)).norm())
+
+
+def test_networks_that_are_unchanged_or_trained_have_no_outputs(builder: Builder) -> None:
+    trained = plan([Step("0", HALF)], whole(Recover(epochs=1)))
+    retrained = plan(everywhere(INT8), whole(Qat(epochs=1)))
+    for wanted in (Plan(), trained, retrained):
+        assert builder.network(wanted, Stopwatch()).outputs is None

@@ -72,7 +72,9 @@ class BatchNormRepair:
                 continue
             first = torch.cat([part.first for part in parts])
             second = torch.cat([part.second for part in parts])
-            self._before[name] = _Observed(first[:samples], second[:samples])
+            # A norm may see several rows of each sample.
+            rows = len(first) * len(self._inputs[0]) // len(inputs[0])
+            self._before[name] = _Observed(first[:rows], second[:rows])
             self._all[name] = _Observed(first.mean(0), second.mean(0))
 
     @property

@@ -52,12 +52,14 @@ class Outcome:
         finished: called after each finished candidate.
         violations: by how much an evaluation misses the hard limits.
         spent_s: seconds of the search until now.
+        excess: by how much estimates are expected to miss the hard limits.
     """
 
     allowed: Callable[[int], bool]
     finished: Callable[[Evaluation | None], None]
     violations: Callable[[Evaluation], Sequence[float]]
     spent_s: Callable[[], float]
+    excess: Callable[[Mapping[Objective, Interval]], float] = lambda estimates: 0.0
 
 
 @final
@@ -195,7 +197,7 @@ class Explorer:
     def _front_gain(self) -> FrontGain:
         if self._gain is None:
             measured = self._study.evaluations_on_front
-            self._gain = FrontGain(measured, self._original, self._objectives)
+            self._gain = FrontGain(measured, self._original, self._objectives, self._outcome.excess)
         return self._gain
 
     def _promises(self, estimates: Mapping[Objective, Interval]) -> bool:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from autocompress.build import Builder, Tried
 from autocompress.config import Objective
-from autocompress.evaluate import Evaluation
+from autocompress.evaluate import SHARE, Evaluation
 from autocompress.recover.autocast import bf16_pays
 from autocompress.search.front import MAXIMISE, objective_values
+from autocompress.search.limits import Figure, Limit, estimated_violations
 from autocompress.search.sensitivity import output_loss
 from autocompress.workload import Split, Workload, network_outputs, score
 from autocompress.workload.types import Array
@@ -310,6 +311,31 @@ class Judge:
 
 def _mean_loss(seen: Sequence[Seen]) -> float:
     return sum(s.loss * s.samples for s in seen) / sum(s.samples for s in seen)
+
+
+def expected_excess(
+    limits: Sequence[Limit], estimates: Mapping[Objective, Interval], original: Evaluation
+) -> float:
+    """By how much a plan is expected to miss hard limits in all, as shares of the bounds.
+
+    Args:
+        estimates: by objective, in the objective's unit.
+        original: the original network on the search split.
+    """
+    values = {name: interval.value for name, interval in estimates.items()}
+    figures: dict[Figure, float] = {}
+    if "metric" in values:
+        points = 100 if original.metric.unit == SHARE else 1
+        figures["metric"] = values["metric"]
+        figures["drop"] = points * (original.metric.value - values["metric"])
+    if values.get("latency", 0.0) > 0:
+        figures["latency_ms"] = original.latency.value * values["latency"]
+        figures["speedup"] = 1 / values["latency"]
+    if "file_bytes" in values:
+        figures["file_bytes"] = values["file_bytes"]
+    if "download_bytes" in values:
+        figures["download_bytes"] = values["download_bytes"]
+    return sum(max(excess, 0.0) for excess in estimated_violations(limits, figures))
 
 
 def is_dominated(

@@ -32,6 +32,7 @@ from autocompress.measure.host import host_of
 from autocompress.measure.meters import meter_for
 from autocompress.measure.runtimes import check_runtimes
 from autocompress.plan import Decision
+from autocompress.search.limits import parse_limits
 from autocompress.search.progress import Progress
 from autocompress.search.run_folder import Identity, RunFolder
 from autocompress.search.space import Space, build_space, unused_values
@@ -53,6 +54,7 @@ class Options:
     trials: int | None = None
     time: str | None = None
     seed: int | None = None
+    limits: tuple[str, ...] = ()
 
 
 @final
@@ -221,6 +223,9 @@ def with_options(experiment: Experiment, options: Options) -> Experiment:
         settings["time_s"] = parse_duration(options.time)
     if options.seed is not None:
         settings["seed"] = options.seed
+    if options.limits:
+        settings["limits"] = options.limits
+    parse_limits(settings["limits"])
     if settings["trials"] is None and settings["time_s"] is None:
         raise ConfigError(
             "The search has no limit.",

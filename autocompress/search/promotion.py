@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -21,6 +21,8 @@ from autocompress.search.study import Proposal
 _WORST_METRIC = 0.25
 _WORST_COST = 1.05
 _TINY = 1e-12
+# Further down than any point within the limits.
+_OUTSIDE = 100.0
 
 
 @final
@@ -42,6 +44,7 @@ class FrontGain:
 
     Args:
         original: the original network on the search split.
+        excess: by how much estimates are expected to miss hard limits; 0 for those within them.
     """
 
     def __init__(
@@ -49,7 +52,9 @@ class FrontGain:
         measured: Sequence[Evaluation],
         original: Evaluation,
         objectives: Sequence[Objective],
+        excess: Callable[[Mapping[Objective, Interval]], float] = lambda estimates: 0.0,
     ) -> None:
+        self._excess = excess
         self._objectives = tuple(objectives)
         self._base = np.array(objective_values(original, objectives))
         values = [objective_values(e, objectives) for e in measured]
@@ -72,7 +77,13 @@ class FrontGain:
         return -float((cost - self._front).min(axis=1).max())
 
     def of_estimates(self, estimates: Mapping[Objective, Interval]) -> float:
-        """The gain of a point that is estimated; see `of`."""
+        """The gain of a point that is estimated; see `of`.
+
+        Points outside the hard limits come after all others, the nearest ones first.
+        """
+        excess = self._excess(estimates)
+        if excess > 0:
+            return -_OUTSIDE - excess
         names = self._objectives
         return self.of([estimates[n].value if n in estimates else math.nan for n in names])
 

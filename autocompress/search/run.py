@@ -22,10 +22,10 @@ from autocompress.search.context import SearchContext
 from autocompress.search.explore import Explorer, Outcome, beside_the_device
 from autocompress.search.finals import choose_finalists
 from autocompress.search.front import Front, build_front
-from autocompress.search.judge import Judge, Sample
+from autocompress.search.judge import Judge, Sample, expected_excess
 from autocompress.search.judging import Judging
 from autocompress.search.kept_models import keep_source
-from autocompress.search.limits import parse_limits, violations
+from autocompress.search.limits import parse_limits, satisfied, violations
 from autocompress.search.paying_levels import keep_paying_levels
 from autocompress.search.prepare import Options, Prepared, fill_bank, prepare
 from autocompress.search.progress import Progress, Silent
@@ -158,6 +158,7 @@ class _Search:
             self._finished_one,
             lambda evaluation: violations(self._limits, evaluation, original),
             lambda: self._budget.spent_s,
+            lambda estimates: expected_excess(self._limits, estimates, original),
         )
         explorer = Explorer(
             self._context,
@@ -230,8 +231,14 @@ class _Search:
         )
 
     def _judge(self) -> Front:
+        known = self._study.evaluations
+        within = [e for e in known if satisfied(self._limits, e, self._references[0])]
+        if not within:
+            self._context.progress.note(
+                "no candidate keeps all hard limits; the nearest trade-offs are judged"
+            )
         finalists = choose_finalists(
-            self._study.evaluations,
+            within or known,
             self._references[0],
             self._context.objectives,
             self._context.settings.finalists,

@@ -422,10 +422,11 @@ def wanted(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
             for name in get_args(Sampler):
                 cell = f"{name}_alone-{seed}"
                 cells[cell] = lambda c=cell, s=seed, n=name: sampler_cell(options, c, s, n)
-    if "depth" in parts:
-        cells["depth"] = lambda: depth_cell(options)
-    if "trial_cost" in parts:
-        cells["trial_cost"] = lambda: trial_cost_cell(options)
+    others: dict[str, Callable[[], Any]] = {
+        "depth": lambda: depth_cell(options),
+        "trial_cost": lambda: trial_cost_cell(options),
+    }
+    cells |= {name: cell for name, cell in others.items() if name in parts}
     return cells
 
 

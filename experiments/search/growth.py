@@ -14,22 +14,22 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from residual import Architecture, ResidualNetwork  # noqa: E402
+from residual import Architecture, ResidualNetwork
 
-from autocompress.bank import Bank  # noqa: E402
-from autocompress.config import CalibrationSettings, load_search_space  # noqa: E402
-from autocompress.device import load_profile  # noqa: E402
-from autocompress.evaluate import Evaluation  # noqa: E402
-from autocompress.graph import trace  # noqa: E402
-from autocompress.measure.measurement import Measurement  # noqa: E402
-from autocompress.search.costs.latency import macs_costs  # noqa: E402
-from autocompress.search.front import build_front  # noqa: E402
-from autocompress.search.seeding.lagrangian import frontier  # noqa: E402
-from autocompress.search.sensitivity import SensitivityRun  # noqa: E402
-from autocompress.search.space import Parameter, Space, build_space  # noqa: E402
-from autocompress.search.study import Sampling, Study  # noqa: E402
-from autocompress.techniques import Stage  # noqa: E402
-from autocompress.techniques.filter_prune import FilterPrune  # noqa: E402
+from autocompress.bank import Bank
+from autocompress.config import CalibrationSettings, load_search_space
+from autocompress.device import load_profile
+from autocompress.evaluate import Evaluation
+from autocompress.graph import trace
+from autocompress.measure.measurement import Measurement
+from autocompress.search.costs.latency import macs_costs
+from autocompress.search.front import build_front
+from autocompress.search.seeding.lagrangian import frontier
+from autocompress.search.sensitivity import SensitivityRun
+from autocompress.search.space import Parameter, Space, build_space
+from autocompress.search.study import Sampling, Study
+from autocompress.techniques import Stage
+from autocompress.techniques.filter_prune import FilterPrune
 
 SAMPLES, BUDGETS = 256, 24
 # Blocks per stage of residual networks with 6 n + 2 layers.

@@ -10,6 +10,7 @@ from itertools import groupby
 import numpy as np
 import pytest
 
+from autocompress.measure import sampling
 from autocompress.measure.machine import CoreTime, clock_mhz
 from autocompress.measure.sampling import Stopping, generator_for, sample_pairs, warm_up
 from autocompress.measure.session import Array, Session
@@ -110,3 +111,56 @@ def test_sampling_goes_on_for_the_least_time_though_the_target_is_met() -> None:
     stopping = Stopping(target_half_width=0.99, time_limit_s=5, seed=0, least_s=0.9)
     samples = sample_pairs(sleeper(0.001), sleeper(0.001), INPUTS, stopping, CORES)
     assert 0.9 <= samples.elapsed_s < 5
+
+
+class Clock:
+    """Time that passes only while a model runs: four milliseconds a run."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    perf_counter = monotonic
+
+    def perf_counter_ns(self) -> int:
+        return round(1e9 * self.now_s)
+
+    def run(self) -> None:
+        self.now_s += 0.004
+
+
+@pytest.mark.parametrize("wanted", [10, 60, 240])
+def test_so_many_rounds_fit_into_the_limit(monkeypatch: pytest.MonkeyPatch, wanted: int) -> None:
+    clock = Clock()
+    monkeypatch.setattr(sampling, "time", clock)
+    # No interval is narrow enough.
+    stopping = Stopping(-1.0, time_limit_s=30.0, seed=0, rounds_in_limit=wanted)
+    samples = sample_pairs(
+        lambda: Pretender(clock.run), lambda: Pretender(clock.run), INPUTS, stopping, CORES
+    )
+    rounds = len(samples.baseline_ms)
+    # Loading and warming up takes up to a quarter of the time, and no round is over 0.25 s.
+    longest = min(0.25, 30.0 / wanted)
+    assert rounds >= 0.7 * 30.0 / (longest + 0.024)
+    assert rounds <= 30.0 / longest
+    # Two runs at least, of which the first is not timed, of each model.
+    assert min(map(len, samples.baseline_ms)) >= 1
+
+
+def test_more_rounds_in_the_limit_let_sampling_stop_sooner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spent = []
+    for wanted in (60, 600):
+        clock = Clock()
+        monkeypatch.setattr(sampling, "time", clock)
+        stopping = Stopping(0.99, time_limit_s=30.0, seed=0, rounds_in_limit=wanted)
+        samples = sample_pairs(
+            lambda clock=clock: Pretender(clock.run),
+            lambda clock=clock: Pretender(clock.run),
+            INPUTS, stopping, CORES,
+        )  # fmt: skip
+        spent.append(samples.elapsed_s)
+    assert spent[1] < 0.5 * spent[0]

@@ -13,6 +13,7 @@ from autocompress.config import CalibrationSettings
 from autocompress.graph import trace
 from autocompress.plan import Plan, Step
 from autocompress.recover import BatchNormRepair
+from autocompress.recover.normalization import moments
 from autocompress.techniques.filter_prune import FilterPrune
 from autocompress.techniques.low_rank import LowRank
 
@@ -200,3 +201,98 @@ def test_norms_on_vectors() -> None:
     inputs = (torch.randn(64, 4, generator=torch.Generator().manual_seed(0)),)
     BatchNormRepair(network, inputs, 16)(network, {})
     assert_close(statistics_of(network), plain_estimate(network, inputs))
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_samples_beside_pass_the_repaired_norms_and_have_no_say(name: str) -> None:
+    case = make_case(name)
+    repair = BatchNormRepair(case.network, case.inputs, 24)
+    assert all(torch.equal(a, b[:24]) for a, b in zip(repair.inputs, case.inputs, strict=True))
+    generator = torch.Generator().manual_seed(1)
+    # Of another kind than what the statistics are from.
+    beside = tuple(5 + 3 * torch.randn(10, *x.shape[1:], generator=generator) for x in case.inputs)
+    without, along = pruned(name), pruned(name)
+    alone = repair(without.network, without.kept_channels)
+    found = repair(along.network, along.kept_channels, beside)
+    assert_close(statistics_of(along.network), statistics_of(without.network))
+    for output, single in zip(found, alone, strict=True):
+        assert len(output) == 24 + 10
+        torch.testing.assert_close(output[:24], single, rtol=1e-4, atol=1e-4)
+    both = tuple(torch.cat(pair) for pair in zip(repair.inputs, beside, strict=True))
+    for output, again in zip(found, run(along.network, both), strict=True):
+        torch.testing.assert_close(output, again, rtol=1e-4, atol=1e-4)
+
+
+def test_several_inputs_and_outputs_have_samples_beside() -> None:
+    for name in ("two_inputs", "two_outputs"):
+        case = make_case(name)
+        repair = BatchNormRepair(case.network, case.inputs, 8)
+        beside = tuple(x[-5:] for x in case.inputs)
+        found = repair(copy.deepcopy(case.network), {}, beside)
+        both = tuple(torch.cat([x[:8], x[-5:]]) for x in case.inputs)
+        for output, expected in zip(found, run(case.network, both), strict=True):
+            torch.testing.assert_close(output, expected)
+
+
+class _Flattened(nn.Module):
+    """A batch norm that sees every token as a sample of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.down = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.norm(self.up(x).flatten(0, 1)).unflatten(0, x.shape[:2])).mean(1)
+
+
+@pytest.mark.parametrize("samples", [16, 64])
+def test_norms_that_see_several_rows_of_a_sample(samples: int) -> None:
+    network = _Flattened().eval()
+    inputs = (torch.randn(64, 5, 4, generator=torch.Generator().manual_seed(0)),)
+    expected = plain_estimate(network, inputs)
+    repair = BatchNormRepair(network, inputs, samples)
+    repair(network, {}, (100 + inputs[0][:3],))
+    assert_close(statistics_of(network), expected)
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_bf16_changes_statistics_by_little(name: str) -> None:
+    case = make_case(name)
+    found = {}
+    for bf16 in (False, True):
+        stitched = pruned(name, 0.25)
+        repair = BatchNormRepair(case.network, case.inputs, 32, bf16=bf16)
+        outputs = repair(stitched.network, stitched.kept_channels)
+        assert all(torch.isfinite(o).all() for o in outputs)
+        found[bf16] = statistics_of(stitched.network)
+    differences = []
+    for key, (mean, variance) in found[True].items():
+        exact_mean, exact_variance = found[False][key]
+        assert mean.dtype == variance.dtype == torch.float32
+        differences.append((mean - exact_mean).abs() / exact_variance.sqrt())
+        differences.append((variance / exact_variance).log().abs() / 2)
+    error = torch.cat(differences)
+    assert bool((error > 0).any())
+    assert float(error.max()) < 0.02
+    assert float(error.mean()) < 3e-3
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (7, 3, 11), (7, 3, 4, 5), (2, 3, 2, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_in_closed_form(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = (3 * torch.randn(shape, generator=torch.Generator().manual_seed(0)) - 1).to(dtype)
+    mean, variance = moments(x)
+    assert mean.dtype == variance.dtype == torch.float64
+    flat = x.double().reshape(shape[0], shape[1], -1)
+    torch.testing.assert_close(mean, flat.mean(2), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(variance, flat.var(2, correction=0), rtol=1e-4, atol=1e-5)
+
+
+def test_moments_of_a_small_deviation_around_a_large_mean() -> None:
+    noise = torch.randn(4, 3, 1000, generator=torch.Generator().manual_seed(0))
+    x = torch.tensor([0.0, 1000.0, -50.0])[:, None] + 0.01 * noise
+    _, variance = moments(x)
+    expected = x.double().var(2, correction=0)
+    torch.testing.assert_close(variance, expected, rtol=1e-3, atol=0)
