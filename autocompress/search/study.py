@@ -135,7 +135,7 @@ class Study:
 
     @property
     def evaluations_on_front(self) -> list[Evaluation]:
-        """Those that no other one dominates."""
+        """Of those that were not trained the ones that no other one dominates."""
         return self._front
 
     @property
@@ -160,7 +160,7 @@ class Study:
         found = {EVALUATION: json.dumps(evaluation.to_dict()), FINISHED_S: round(spent_s, 2)}
         self._record.finish(trial_id, TrialState.COMPLETE, values, found)
         self._trained[evaluation.candidate] = evaluation
-        self._keep(evaluation)
+        self._evaluations[evaluation.candidate] = evaluation
 
     @property
     def judged(self) -> Mapping[str, Mapping[str, Any]]:
@@ -169,8 +169,8 @@ class Study:
 
     @property
     def finished(self) -> int:
-        """Trials that were measured or failed; plans that were only judged don't count."""
-        return len(self._evaluations) + len(self._failures)
+        """Trials that were measured or failed; plans that were judged or trained don't count."""
+        return len(self._evaluations) - len(self._trained) + len(self._failures)
 
     def enqueue(self, seeds: Sequence[Mapping[str, int]]) -> None:
         """Put plans before those of the sampler, each in every runtime; known ones are passed over.
@@ -333,7 +333,7 @@ class Study:
         if EVALUATION in trial.user_attrs:
             evaluation = Evaluation.from_dict(json.loads(trial.user_attrs[EVALUATION]))
             self._trained[evaluation.candidate] = evaluation
-            self._keep(evaluation)
+            self._evaluations[evaluation.candidate] = evaluation
         elif trial.state == TrialState.RUNNING:
             self._record.finish(trial._trial_id, TrialState.FAIL, None, {})
 
