@@ -4,9 +4,9 @@ Many changed networks run in one pass: a batch holds the same samples once for t
 and once for every change, and each changed layer is computed anew for its own part. Batch norms are
 repaired in passing, by what the change did to the moments of its part against the original's.
 
-The number of samples is chosen so that all passes together cost the same whatever the network's
-depth, within limits: with both passes and samples growing with the depth, the cost would grow with
-its square.
+With changes and passes both growing with the depth, the cost would grow with its square. So fewer
+samples are taken the more there is to do, and where few are left, fewer levels of each choice are
+measured, always the strongest among them: between them the loss follows a power law.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, cast, final
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autocompress.bank import Bank
@@ -39,6 +40,12 @@ from autocompress.techniques import NETWORK
 # Multiply-accumulates of all passes together, as far as the limits of the samples allow.
 _WORK = 3e11
 _SAMPLES = (16, 64)
+# With the fewest samples they may come to so many times as much before levels are left out.
+_MOST_WORK = 4.0
+# Of losses by level, where a single level was measured.
+_POWER = 2.0
+# Smaller losses are none, between which there is nothing to follow.
+_LEAST = 1e-6
 # Samples of a pass: more do not make it more efficient.
 _PASS = 512
 _TINY = 1e-12
@@ -76,21 +83,55 @@ class Sensitivities:
     samples: int
 
     def of(self, space: Space) -> FactoredSum:
-        """The summed loss of a plan, one term per parameter; decisions not measured cost nothing.
+        """The summed loss of a plan, one term per parameter; techniques not measured cost nothing.
 
         Within a parameter a stronger level of one technique never costs less than a milder one.
         """
         return FactoredSum(0.0, tuple(self._factor(p) for p in space.parameters))
 
     def _factor(self, parameter: Parameter) -> Factor:
-        losses = [0.0]
-        strongest: dict[str, float] = {}
-        for decision in parameter.decisions:
-            found = [self.losses.get(Change(t, decision).key, 0.0) for t in parameter.targets]
-            name = decision.technique
-            strongest[name] = max(strongest.get(name, 0.0), sum(found))
-            losses.append(strongest[name])
-        return Factor(parameter.name, (parameter.name,), np.array(losses))
+        values = np.zeros(parameter.highest + 1)
+        for technique in {d.technique for d in parameter.decisions}:
+            levels = [
+                (i, d) for i, d in enumerate(parameter.decisions, 1) if d.technique == technique
+            ]
+            for target in parameter.targets:
+                found = [self.losses.get(Change(target, d).key) for _, d in levels]
+                values[[i for i, _ in levels]] += filled_levels(found)
+        return Factor(parameter.name, (parameter.name,), values)
+
+
+def filled_levels(losses: Sequence[float | None]) -> NDArray[np.float64]:
+    """Losses of a technique's levels, from the mildest to the strongest, with no gaps.
+
+    Args:
+        losses: None where a level was not measured; all of them: they cost nothing.
+    """
+    known = [(i, max(loss, _LEAST)) for i, loss in enumerate(losses, 1) if loss is not None]
+    if not known:
+        return np.zeros(len(losses))
+    positions, values = np.log([i for i, _ in known]), np.log([loss for _, loss in known])
+    levels = np.log(np.arange(1, len(losses) + 1))
+    found = np.interp(levels, positions, values)
+    # Milder than all that were measured: along the power law of the mildest two.
+    slope = _POWER
+    if len(known) > 1:
+        slope = max((values[1] - values[0]) / (positions[1] - positions[0]), 0.0)
+    mild = levels < positions[0]
+    found[mild] = values[0] + slope * (levels[mild] - positions[0])
+    filled = np.exp(found)
+    # What was measured stays as it was.
+    for index, loss in enumerate(losses):
+        filled[index] = filled[index] if loss is None else loss
+    return np.asarray(np.maximum.accumulate(filled), dtype=np.float64)
+
+
+def thinned(levels: Sequence[Change], share: float) -> list[Change]:
+    """About a share of a technique's levels for one target, evenly, the strongest among them."""
+    count = max(1, round(share * len(levels)))
+    # From the end in equal steps, which stop one step before the mildest would repeat.
+    picks = {len(levels) - 1 - (k * len(levels)) // count for k in range(count)}
+    return [levels[i] for i in sorted(picks)]
 
 
 @final
@@ -118,16 +159,15 @@ class SensitivityRun:
         # A copy of its own: hooks on the original would be in every copy that is made meanwhile.
         self._network = bank.copy_network()
         self._class_scores = class_scores
-        by_technique: dict[str, dict[str, Change]] = {}
-        for parameter in space.parameters:
-            for decision in parameter.decisions:
-                for target in parameter.targets if parameter.target != NETWORK else ():
-                    change = Change(target, decision)
-                    by_technique.setdefault(decision.technique, {})[change.key] = change
-        count = sum(map(len, by_technique.values()))
+        levels = _levels(space)
+        count = max(1, sum(len(changes) for changes in levels.values()))
         macs = max(1, sum(layer.macs for layer in bank.graph.layers))
-        wanted = int(_WORK / max(count, 1) / macs)
+        wanted = int(_WORK / count / macs)
         self.samples = min(len(inputs[0]), max(_SAMPLES[0], min(wanted, _SAMPLES[1])))
+        share = min(1.0, _MOST_WORK * _WORK / (count * macs * self.samples))
+        by_technique: dict[str, list[Change]] = {}
+        for (_, technique), changes in levels.items():
+            by_technique.setdefault(technique, []).extend(thinned(changes, share))
         self._inputs = tuple(x[: self.samples] for x in inputs)
         each = max(1, _PASS // self.samples - 1)
         identity = make_key(
@@ -136,8 +176,7 @@ class SensitivityRun:
         )  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         self._passes: list[tuple[Path, list[Change]]] = []
-        for technique, changes in by_technique.items():
-            known = list(changes.values())
+        for technique, known in by_technique.items():
             for start in range(0, len(known), each):
                 part = known[start : start + each]
                 # Sums depend on the batch: a pass is kept as a whole.
@@ -173,6 +212,17 @@ class SensitivityRun:
 
     def _loss(self, original: Sequence[Tensor], changed: Sequence[Tensor]) -> float:
         return output_loss(original, changed, class_scores=self._class_scores)
+
+
+def _levels(space: Space) -> dict[tuple[str, str], list[Change]]:
+    """Every level of each technique by target, from the mildest to the strongest."""
+    found: dict[tuple[str, str], list[Change]] = {}
+    for parameter in space.parameters:
+        for target in parameter.targets if parameter.target != NETWORK else ():
+            for decision in parameter.decisions:
+                changes = found.setdefault((target, decision.technique), [])
+                changes.append(Change(target, decision))
+    return found
 
 
 def sensitivity_folder() -> Path:

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from networks import bank_of, graph_of, make_case, run
 from torch import Tensor, nn
 
@@ -22,8 +25,10 @@ from autocompress.search.sensitivity import (
     Change,
     Sensitivities,
     SensitivityRun,
+    filled_levels,
     output_loss,
     run_beside,
+    thinned,
 )
 from autocompress.search.space import Parameter, Space
 from autocompress.techniques import NETWORK, Stage
@@ -305,8 +310,10 @@ def test_stronger_levels_never_cost_less_and_ties_add_up() -> None:
             )
         )
     )
-    # Each technique of a parameter has its own order; what was not measured costs nothing.
-    assert found.factors[0].values.tolist() == pytest.approx([0, 0.5, 0.5, 0.9, 0.05, 0.05])
+    # Each technique of a parameter has its own order; a gap is filled along a power law.
+    between = 0.2 * (0.9 / 0.2) ** (math.log(2) / math.log(3))
+    expected = [0, 0.5, 0.3 + between, 0.3 + 0.9, 0.05, 0.05]
+    assert found.factors[0].values.tolist() == pytest.approx(expected)
     assert found.factors[1].values.tolist() == [0, 0, 0]
     assert found.constant == 0
 
@@ -345,3 +352,27 @@ def test_samples_fall_with_the_depth_so_that_the_work_is_bounded(
     assert small < large < 1.2 * 3e11
     # At the same samples it would be twice of that.
     assert large * many / few > 2 * 3e11
+
+
+@given(
+    losses=st.lists(st.one_of(st.none(), st.floats(1e-5, 10)), min_size=1, max_size=8),
+)
+def test_gaps_between_levels_are_filled_in_order_and_measured_ones_kept(losses) -> None:
+    filled = filled_levels(losses)
+    assert (np.diff(filled) >= 0).all()
+    highest = 0.0
+    for value, loss in zip(filled, losses, strict=True):
+        if loss is not None:
+            highest = max(highest, loss)
+            assert value == pytest.approx(highest)
+
+
+def test_a_single_level_tells_the_milder_ones_by_its_square() -> None:
+    assert filled_levels([None, None, 0.9]).tolist() == pytest.approx([0.1, 0.4, 0.9])
+    assert filled_levels([None, None]).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("share", "kept"), [(1.0, [0, 1, 2, 3, 4, 5]), (0.3, [2, 5]), (0.01, [5])])
+def test_the_strongest_level_is_always_measured(share: float, kept: list[int]) -> None:
+    levels = [Change("a", FilterPrune(pruning_ratio=(i + 1) / 8)) for i in range(6)]
+    assert thinned(levels, share) == [levels[i] for i in kept]
