@@ -120,7 +120,7 @@ def test_a_folded_layer_whose_norm_makes_a_channel_constant(tmp_path: Path) -> N
     network.eval()
     bank = Bank(network, trace(network, (inputs[:2],)), 1, tmp_path)
     bank.calibrate((inputs,), CalibrationSettings())
-    decision = Precision(weight_bits=8, activation_bits=8)
+    decision = Precision(weight_bits=8, activation_bits=8, granularity="tensor")
     changed = copy.deepcopy(network)
     changed.set_submodule("0", changed_layers(bank, "0", decision)["0"])
     expected = assemble(bank, Plan((Step("0", decision),))).network
