@@ -178,6 +178,11 @@ class _Search:
         with beside_the_device(self._context.prepared.profile, cores):
             refine_seeds(self._context, self._study, start, explorer.keep_busy, self._search_over)
             explorer.run()
+        if explorer.judged:
+            self._context.progress.note(
+                f"{explorer.judged} plans were judged on a sample; in all "
+                f"{self._study.finished} were built and measured"
+            )
         self._plan = self._plan.after("search", self._budget.spent_s)
         self._show(write=True)
 
