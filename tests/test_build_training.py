@@ -85,7 +85,12 @@ def test_every_cycle_is_twice_as_long_as_the_one_before_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "rounds"), [((HALF,), 1), ((HALF, SPARSE), 1), ((HALF, SPARSE), 2)]
+    ("steps", "rounds"),
+    [
+        ((HALF,), 1),
+        pytest.param((HALF, SPARSE), 1, marks=pytest.mark.slow),
+        pytest.param((HALF, SPARSE), 2, marks=pytest.mark.slow),
+    ],
 )
 def test_cycles_go_on_from_disk_and_end_as_those_in_one_go(
     steps: tuple[Step, ...], rounds: int, tmp_path: Path
@@ -118,9 +123,15 @@ def test_cycles_go_on_from_disk_and_end_as_those_in_one_go(
     ("wanted", "stops"),
     [
         (plan(Recover(epochs=1, cycles=2), HALF), [1, 4]),
-        (plan(Recover(epochs=2, pruning_rounds=2), SPARSE), [1, 3]),
+        pytest.param(
+            plan(Recover(epochs=2, pruning_rounds=2), SPARSE), [1, 3], marks=pytest.mark.slow
+        ),
         (Plan((Step("0", INT8), Step(NETWORK, Qat(epochs=1)))), [1]),
-        (Plan((Step("0", Codebook(code_bits=4)), Step(NETWORK, TuneCodebooks(epochs=1)))), [1]),
+        pytest.param(
+            Plan((Step("0", Codebook(code_bits=4)), Step(NETWORK, TuneCodebooks(epochs=1)))),
+            [1],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["cycles", "rounds", "qat", "codebooks"],
 )

@@ -23,6 +23,7 @@ def values_of(space: Space, plan: Plan) -> dict[str, int]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_real_files() -> None:
     """Of eight kilobytes on: a rounded layer that is not counted would show, it has 550 bytes."""
     made = tiny()
