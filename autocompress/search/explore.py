@@ -205,8 +205,10 @@ class Explorer:
         return self._front_gain().of_estimates(estimates) > 0
 
     def _most_promising(self) -> Judged | None:
-        # An idle device measures the best there is, whatever it promises.
-        impatient = self._count.since_promising >= _PATIENCE and len(self._under_way) < 2
+        # An idle device measures the best there is, whatever it promises; so does one that no new
+        # plan will come for.
+        idle = self._count.since_promising >= _PATIENCE and len(self._under_way) < _AHEAD
+        impatient = self._count.exhausted or idle
         taken, gone = self._pool.take(
             self._front_gain(),
             self._study.evaluations_on_front,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import final
 
@@ -11,6 +11,7 @@ from autocompress.files import write_json
 from autocompress.plan import Plan, candidate_name
 from autocompress.recover import Watch
 from autocompress.search.context import SearchContext
+from autocompress.search.starting import coarse_to_fine
 from autocompress.search.study import Study
 from autocompress.search.survivors import (
     EPOCHS,
@@ -55,6 +56,15 @@ class SurvivorTraining:
         """Train for at most so long; what was trained by an earlier call is not trained again."""
         self._deadline_s = self._context.budget.spent_s + seconds
         shapes = self._shapes(seconds)
+        if len(shapes) > 1 and not self._pace(shapes):
+            # One training tells how long they take, and so how many there is time for.
+            first = shapes[len(shapes) // 2]
+            self._context.progress.stage("train the first one", 1, limit_s=seconds)
+            run_round([first], 0, self._measure, self._done)
+            shapes = self._shapes(seconds)
+            shapes = shapes if first in shapes else [first, *shapes[1:]]
+        # The first few already cover the whole range, should the time run out.
+        shapes = [shapes[i] for i in coarse_to_fine(len(shapes))]
         before = {shape.steps.hash: shape.metric for shape in shapes}
         reports: list[RoundReport] = []
         for number in range(ROUNDS):
@@ -77,14 +87,19 @@ class SurvivorTraining:
         """As many of the front's shapes as there is time for, by the pace of a first training."""
         untrained = [e for e in self._study.evaluations if e.candidate not in self._study.trained]
         objectives = self._context.objectives
-        builder = self._context.evaluator.builder
         most = choose_shapes(untrained, self._original, objectives, shapes_for(seconds, None))
-        paces = [builder.training_seconds(plan_of(shape, Plan(), 0)) for shape in most]
-        known = [pace for pace in paces if pace]
-        if not known:
+        pace = self._pace(most)
+        if not pace:
             return most
-        count = shapes_for(seconds, sum(known) / len(known) / EPOCHS)
+        count = shapes_for(seconds, pace / EPOCHS)
         return choose_shapes(untrained, self._original, objectives, count)
+
+    def _pace(self, shapes: Sequence[Shape]) -> float:
+        """About how long the first round takes for each, in seconds; 0 if not known."""
+        builder = self._context.evaluator.builder
+        paces = [builder.training_seconds(plan_of(shape, Plan(), 0)) for shape in shapes]
+        known = [pace for pace in paces if pace]
+        return sum(known) / len(known) if known else 0.0
 
     def _measure(self, plan: Plan, runtime: str) -> Evaluation:
         context = self._context
