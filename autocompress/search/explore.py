@@ -135,11 +135,6 @@ class Explorer:
         for judged in self._pool.clear():
             self._let_go(judged)
 
-    def finish(self) -> None:
-        """Wait for what the device is doing, and begin nothing new."""
-        while self._under_way:
-            self._wait()
-
     def keep_busy(self) -> None:
         """Take in what is finished, and build candidates that the device will need."""
         while self._under_way and self._under_way[0].future.done():

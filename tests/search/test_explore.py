@@ -386,7 +386,7 @@ def test_plans_that_train_are_built_without_judging(new_scene: Callable[..., Sce
     assert not trained & set(scene.judged)
 
 
-def test_finish_waits_and_begins_nothing(new_scene: Callable[..., Scene]) -> None:
+def test_one_is_built_ahead_of_the_device_and_no_more(new_scene: Callable[..., Scene]) -> None:
     scene = new_scene()
     go_on = threading.Event()
 
@@ -401,7 +401,8 @@ def test_finish_waits_and_begins_nothing(new_scene: Callable[..., Scene]) -> Non
     scene.explorer.keep_busy()
     assert scene.submitted == 2
     go_on.set()
-    scene.explorer.finish()
+    while scene.explorer._under_way:
+        scene.explorer._wait()
     assert scene.measured == names(SEEDS[:2])
     assert scene.study.seeds_waiting == len(SEEDS) - 2
     assert scene.study.finished == 2
