@@ -34,7 +34,6 @@ _RANGE_SAMPLES = 64
 _STOCK_SAMPLES = 256
 # Of the search split, for a first look at a network.
 _SAMPLE = 128
-_TRAINING = (Stage.RECOVER, Stage.RETRAIN)
 # Never stops.
 _UNWATCHED = Watch()
 
@@ -190,7 +189,7 @@ class Builder:
         if any(technique_of(s.decision).stage is Stage.QUANTIZE for s in plan.steps):
             with clock.step("repair_rounded"):
                 outputs = self._repair(network, stitched.kept_channels, self._sample.inputs)
-        if any(technique_of(s.decision).stage in _TRAINING for s in plan.steps):
+        if _trains(plan):
             self._trainer.retrain(network, plan, clock.step, watch)
             outputs = None
         return Tried(network, outputs)
@@ -204,7 +203,7 @@ class Builder:
             PlanError: the plan does not fit the network, or there is no train split.
         """
         shape = _until(plan, Stage.RECOVER)
-        if not any(technique_of(s.decision).stage in _TRAINING for s in plan.steps):
+        if not _trains(plan):
             return 0.0
         return self._trainer.seconds(stitch(self._bank, shape).network, plan)
 
@@ -248,6 +247,10 @@ class Builder:
     def _stock(self, model: onnx.ModelProto, target: Path, options: StockOptions) -> None:
         inputs = [x[:_STOCK_SAMPLES].numpy() for x in self._calibration]
         stock_quantize(model, target, inputs, options)
+
+
+def _trains(plan: Plan) -> bool:
+    return any(technique_of(step.decision).stage.trains for step in plan.steps)
 
 
 def _until(plan: Plan, last: Stage) -> Plan:

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 _WIDTH = 100
 _BAD_INPUT, _NO_FIT, _INTERRUPTED = 2, 1, 130
 
+# Arguments and options of more than one command.
+_RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
+_MaxLatency = Annotated[float | None, typer.Option(help="Median latency on the device.")]
+_MinSpeedup = Annotated[float | None, typer.Option(help="Times faster than the original.")]
+_MaxBytes = Annotated[int | None, typer.Option(help="Size of the model file.")]
+_MaxDownload = Annotated[int | None, typer.Option(help="Size of the model's coded container.")]
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -80,7 +87,7 @@ def search(
 
 @app.command()
 def front(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: _RunFolder,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print every row as JSON instead of tables.")
     ] = False,
@@ -100,21 +107,15 @@ def front(
 
 @app.command()
 def pick(  # noqa: PLR0913 - every parameter is an option of the command
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: _RunFolder,
     out: Annotated[Path, typer.Option(help="Folder for the model and its card.")],
-    max_latency_ms: Annotated[
-        float | None, typer.Option(help="Median latency on the device.")
-    ] = None,
-    min_speedup: Annotated[
-        float | None, typer.Option(help="Times faster than the original.")
-    ] = None,
+    max_latency_ms: _MaxLatency = None,
+    min_speedup: _MinSpeedup = None,
     max_drop: Annotated[
         float | None, typer.Option(help="Percentage points lost on the test split.")
     ] = None,
-    max_bytes: Annotated[int | None, typer.Option(help="Size of the model file.")] = None,
-    max_download_bytes: Annotated[
-        int | None, typer.Option(help="Size of the model's coded container.")
-    ] = None,
+    max_bytes: _MaxBytes = None,
+    max_download_bytes: _MaxDownload = None,
     knee: Annotated[bool, typer.Option("--knee", help="Take the knee of the front.")] = False,
 ) -> None:
     """Hand out one model of a run with a JSON card that says what it is.
@@ -140,17 +141,11 @@ def pick(  # noqa: PLR0913 - every parameter is an option of the command
 
 @app.command()
 def solve(  # noqa: PLR0913 - every parameter is an option of the command
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
-    max_latency_ms: Annotated[
-        float | None, typer.Option(help="Median latency on the device.")
-    ] = None,
-    min_speedup: Annotated[
-        float | None, typer.Option(help="Times faster than the original.")
-    ] = None,
-    max_bytes: Annotated[int | None, typer.Option(help="Size of the model file.")] = None,
-    max_download_bytes: Annotated[
-        int | None, typer.Option(help="Size of the model's coded container.")
-    ] = None,
+    run: _RunFolder,
+    max_latency_ms: _MaxLatency = None,
+    min_speedup: _MinSpeedup = None,
+    max_bytes: _MaxBytes = None,
+    max_download_bytes: _MaxDownload = None,
     runtime: Annotated[
         list[str] | None, typer.Option(help="Only these of the run's runtimes; repeatable.")
     ] = None,
@@ -277,7 +272,7 @@ def profile(
 
 @app.command()
 def explain(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: _RunFolder,
     candidate: Annotated[str, typer.Argument(help="A candidate, as front.csv calls it.")],
     everything: Annotated[bool, typer.Option("--all", help="Show every layer.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,

@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import Any
 
 
+def user_cache() -> Path:
+    """The project's folder in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "autocompress"
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write bytes so that a reader sees the old file or the whole new one, also after a crash."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")

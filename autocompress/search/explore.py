@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
@@ -28,7 +28,7 @@ from autocompress.search.costs.models import CostModels
 from autocompress.search.judge import Interval, Judge, Judgement
 from autocompress.search.promotion import FrontGain, Judged, Pool
 from autocompress.search.study import Proposal, Study
-from autocompress.techniques import Stage, technique_of
+from autocompress.techniques import technique_of
 
 # Built files that wait for the device: one, so that it is never idle.
 _AHEAD = 2
@@ -137,8 +137,7 @@ class Explorer:
 
     def keep_busy(self) -> None:
         """Take in what is finished, and build candidates that the device will need."""
-        while self._under_way and self._under_way[0].future.done():
-            self._take_in(self._under_way.popleft())
+        self._take_in_finished()
         while self._study.seeds_waiting and self._has_place():
             proposal = self._study.propose()
             if proposal is not None:
@@ -200,10 +199,9 @@ class Explorer:
         return self._front_gain().of_estimates(estimates) > 0
 
     def _most_promising(self) -> Judged | None:
-        # An idle device measures the best there is, whatever it promises; so does one that no new
-        # plan will come for.
-        idle = self._count.since_promising >= _PATIENCE and len(self._under_way) < _AHEAD
-        impatient = self._count.exhausted or idle
+        # A device that would be idle measures the best there is, whatever it promises; so does one
+        # that no new plan will come for.
+        impatient = self._count.exhausted or self._count.since_promising >= _PATIENCE
         taken, gone = self._pool.take(
             self._front_gain(),
             self._study.evaluations_on_front,
@@ -238,7 +236,10 @@ class Explorer:
         self._under_way.append(_UnderWay(proposal, judgement, future))
 
     def _wait(self) -> None:
-        wait([self._under_way[0].future], timeout=_WAIT_S, return_when=FIRST_COMPLETED)
+        wait([self._under_way[0].future], timeout=_WAIT_S)
+        self._take_in_finished()
+
+    def _take_in_finished(self) -> None:
         while self._under_way and self._under_way[0].future.done():
             self._take_in(self._under_way.popleft())
 
@@ -274,8 +275,7 @@ class Explorer:
 
 
 def _trains(proposal: Proposal) -> bool:
-    stages = [technique_of(step.decision).stage for step in proposal.plan.steps]
-    return any(stage in (Stage.RECOVER, Stage.RETRAIN) for stage in stages)
+    return any(technique_of(step.decision).stage.trains for step in proposal.plan.steps)
 
 
 def _bytes_of(network: nn.Module) -> int:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from autocompress.build import Builder
 from autocompress.config import Experiment, read_yaml, validate
 from autocompress.errors import RunFolderError
 from autocompress.evaluate import BASELINE, Evaluation, Evaluator, Extras
 from autocompress.files import write_json
 from autocompress.search.kept_models import read_source
 from autocompress.search.paying_levels import keep_paying_levels
-from autocompress.search.prepare import Options, Prepared, fill_bank, prepare
+from autocompress.search.prepare import Options, Prepared, builder_of, fill_bank, prepare
 from autocompress.search.progress import Progress, Silent
 from autocompress.search.solve import Solved, solved_path
 from autocompress.search.solve_figures import figures_of
@@ -63,14 +62,7 @@ def _prepared(run: Path, path: Path, progress: Progress) -> Prepared:
 
 def _measured(prepared: Prepared, solved: Solved, progress: Progress) -> Evaluation:
     bank = fill_bank(prepared, progress)
-    builder = Builder(
-        prepared.workload,
-        prepared.exporter,
-        bank,
-        prepared.profile,
-        prepared.experiment.calibration,
-        prepared.folder.path,
-    )
+    builder = builder_of(prepared, bank)
     objectives = prepared.experiment.objectives
     memory = bool({"peak_memory", "gpu_memory"} & set(objectives))
     coded = solved.predicted.download_bytes is not None

@@ -14,7 +14,7 @@ import torch
 
 from autocompress.bank import Bank
 from autocompress.bank.store import make_key, network_hash, tensors_hash
-from autocompress.build import Stopwatch
+from autocompress.build import Builder, Stopwatch
 from autocompress.config import (
     Experiment,
     Objective,
@@ -36,7 +36,7 @@ from autocompress.search.limits import parse_limits
 from autocompress.search.progress import Progress
 from autocompress.search.run_folder import Identity, RunFolder
 from autocompress.search.space import Space, build_space, unused_values
-from autocompress.techniques import GroupTechnique, LayerTechnique, Stage, technique_of
+from autocompress.techniques import GroupTechnique, LayerTechnique, technique_of
 from autocompress.techniques.qat import Qat
 from autocompress.techniques.recovery import Recover
 from autocompress.workload import Workload, check_workload, load_workload
@@ -152,11 +152,7 @@ def check_training_data(space: Space, workload: Workload) -> None:
     Raises:
         ConfigError: there is none.
     """
-    trained = [
-        step.decision
-        for step in space.steps()
-        if technique_of(step.decision).stage in (Stage.RECOVER, Stage.RETRAIN)
-    ]
+    trained = [step.decision for step in space.steps() if technique_of(step.decision).stage.trains]
     if trained and workload.train is None:
         names = sorted({decision.technique for decision in trained})
         raise ConfigError(
@@ -252,6 +248,18 @@ def fill_bank(prepared: Prepared, progress: Progress) -> Bank:
         _solve(bank, step.target, step.decision)
         progress.advance()
     return bank
+
+
+def builder_of(prepared: Prepared, bank: Bank) -> Builder:
+    """What makes a search's candidates, in its run folder."""
+    return Builder(
+        prepared.workload,
+        prepared.exporter,
+        bank,
+        prepared.profile,
+        prepared.experiment.calibration,
+        prepared.folder.path,
+    )
 
 
 def _solve(bank: Bank, target: str, decision: Decision) -> None:

@@ -9,8 +9,6 @@ from autocompress.search.space import Parameter, Space
 from autocompress.techniques import NETWORK
 from autocompress.techniques.technique import Stage
 
-# Training changes no latency.
-_TRAINING = (Stage.RECOVER, Stage.RETRAIN)
 # Levels of one plan spread around its strength by so many levels.
 _SPREAD = 1.0
 _DECOMPOSED = 0.5
@@ -39,7 +37,8 @@ def _draw(space: Space, generator: np.random.Generator) -> Plan:
     indices = {
         p.name: _index(p, float(strength), float(quantized), generator)
         for p in space.parameters
-        if p.stage not in _TRAINING
+        # Training changes no latency.
+        if not p.stage.trains
     }
     return space.plan(indices)
 

@@ -12,7 +12,6 @@ from typing import final
 
 from optuna.trial import FrozenTrial
 
-from autocompress.build import Builder
 from autocompress.errors import SearchError
 from autocompress.evaluate import Evaluation, Evaluator, Extras
 from autocompress.files import write_json
@@ -27,7 +26,7 @@ from autocompress.search.judging import Judging
 from autocompress.search.kept_models import keep_source
 from autocompress.search.limits import parse_limits, satisfied, violations
 from autocompress.search.paying_levels import keep_paying_levels
-from autocompress.search.prepare import Options, Prepared, fill_bank, prepare
+from autocompress.search.prepare import Options, Prepared, builder_of, fill_bank, prepare
 from autocompress.search.progress import Progress, Silent
 from autocompress.search.references import measure_references
 from autocompress.search.samplers import SamplerContext
@@ -60,14 +59,7 @@ def run_search(path: Path, options: Options, progress: Progress | None = None) -
         keep_source(prepared.folder.path, path)
         prepared = keep_paying_levels(prepared, progress)
         bank = fill_bank(prepared, progress)
-        builder = Builder(
-            prepared.workload,
-            prepared.exporter,
-            bank,
-            prepared.profile,
-            prepared.experiment.calibration,
-            prepared.folder.path,
-        )
+        builder = builder_of(prepared, bank)
         folder = prepared.folder.path
         with (
             Evaluator(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from autocompress.bank import Bank
 from autocompress.bank.changes import changed_layers
 from autocompress.bank.store import make_key, network_hash, tensors_hash
-from autocompress.files import write_json
+from autocompress.files import user_cache, write_json
 from autocompress.graph.layers import NORM_TYPES, flatten_outputs
 from autocompress.plan import Decision
 from autocompress.recover.normalization import moments
@@ -227,8 +226,7 @@ def _levels(space: Space) -> dict[tuple[str, str], list[Change]]:
 
 def sensitivity_folder() -> Path:
     """Where sensitivities are kept for later searches of the same network and data."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "autocompress" / "sensitivity"
+    return user_cache() / "sensitivity"
 
 
 def output_loss(

@@ -10,7 +10,7 @@ from autocompress.evaluate import SHARE, Evaluation
 from autocompress.measure.measurement import Measurement
 from autocompress.search.judge import Interval
 from autocompress.search.solve_limits import Limits
-from autocompress.techniques import Stage, technique_named
+from autocompress.techniques import technique_named
 
 _CONFIDENCE_SIGMAS = 1.96
 
@@ -112,8 +112,7 @@ def speedup_at(latency: Measurement, original_ms: float) -> Measurement:
 
 def trains(evaluation: Evaluation) -> bool:
     """Whether a candidate's weights were trained."""
-    stages = {technique_named(str(row["technique"])).stage for row in evaluation.plan}
-    return bool(stages & {Stage.RECOVER, Stage.RETRAIN})
+    return any(technique_named(str(row["technique"])).stage.trains for row in evaluation.plan)
 
 
 def drop_unit(metric_unit: str) -> tuple[str, float]:

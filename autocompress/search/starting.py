@@ -18,6 +18,7 @@ from autocompress.config import Objective
 from autocompress.errors import AutocompressError, ExportError, MeasurementError
 from autocompress.evaluate import Evaluation
 from autocompress.files import write_json
+from autocompress.measure.arrays import read_arrays
 from autocompress.measure.client import Worker
 from autocompress.plan import Decision, file_of
 from autocompress.search.columns import ORIGINAL
@@ -31,7 +32,6 @@ from autocompress.search.costs.probes import Probing, quick_profile
 from autocompress.search.judge import rough_outputs
 from autocompress.search.kept_models import keep_models
 from autocompress.search.prepare import Prepared
-from autocompress.search.progress import Progress
 from autocompress.search.record import JudgedLog
 from autocompress.search.seeding.lagrangian import Solution, frontier
 from autocompress.search.seeding.spdy import PlanKey, RefineSettings, Scorer, plan_key, refine
@@ -54,15 +54,14 @@ _GUESS_DEVIATION = 0.5
 Seed = Mapping[str, int]
 
 
-def find_latency(
-    prepared: Prepared, builder: Builder, progress: Progress
-) -> dict[str, FactoredSum]:
+def find_latency(context: SearchContext) -> dict[str, FactoredSum]:
     """Latency of plans in ms by runtime, from a dozen files that are profiled in each.
 
     For the thread that measures. A runtime that tells no layer times is left out.
     """
+    prepared, builder = context.prepared, context.evaluator.builder
     profile = quick_profile(prepared.profile)
-    batch = [x[: profile.batch_size].numpy() for x in prepared.workload.search_split.inputs]
+    batch = read_arrays(context.evaluator.example)
     found = {}
     with Worker(profile, prepared.folder.path / "scratch") as worker:
         for number, name in enumerate(profile.runtime_names):
@@ -77,7 +76,7 @@ def find_latency(
                     prepared.graph, prepared.space, builder, worker, probing
                 )
             except MeasurementError as reason:
-                progress.note(
+                context.progress.note(
                     f"no layer times in {name}: {reason.what} Until candidates are measured, "
                     "latency is guessed from multiply-accumulates."
                 )
@@ -325,7 +324,7 @@ def find_start(context: SearchContext, study: Study, references: Sequence[Evalua
     prepared, progress = context.prepared, context.progress
     run = sensitivity_run(prepared, context.bank)
     progress.stage("seeds", run.passes)
-    job = context.device.submit(find_latency, prepared, context.evaluator.builder, progress)
+    job = context.device.submit(find_latency, context)
     for _ in run.steps():
         progress.advance()
     sensitivities = run.result()

@@ -24,12 +24,11 @@ from autocompress.errors import (
     WorkloadError,
 )
 from autocompress.evaluate import Evaluation
-from autocompress.pareto import non_dominated
 from autocompress.plan import Plan, Step
-from autocompress.search.front import MAXIMISE, objective_values
+from autocompress.search.front import front_mask, objective_values
 from autocompress.techniques import NETWORK, Stage, consistent, read_plan, technique_of
 from autocompress.techniques.qat import Qat
-from autocompress.techniques.recovery import Recover
+from autocompress.techniques.recovery import Recover, cycle_epochs
 
 EPOCHS = 0.5
 ROUNDS = 3
@@ -41,8 +40,6 @@ _WAYS = 3
 # Weights of fewer bits are trained with their rounding.
 _FEW_BITS = 4
 _QAT_EPOCHS = 0.5
-# A guess before the first training, of a round's epochs for the whole of a short time.
-_FIRST_SHARE = 0.15
 
 
 @final
@@ -188,8 +185,7 @@ def halve(trained: Sequence[Trained], objectives: Sequence[Objective]) -> list[S
     chosen: list[Trained] = []
     while left and len(chosen) < count:
         files = [(i, e) for i, t in enumerate(left) for e in t.evaluations]
-        values = np.array([objective_values(e, objectives) for _, e in files])
-        mask = non_dominated(values, maximise=[MAXIMISE[n] for n in objectives])
+        mask = front_mask([e for _, e in files], objectives)
         on = {i for (i, _), best in zip(files, mask, strict=True) if best}
         layer = [t for i, t in enumerate(left) if i in on]
         # Of a layer that does not fit as a whole, the most accurate: they are what users take.
@@ -211,7 +207,8 @@ def report_round(trained: Sequence[Trained], before: Sequence[float], number: in
     correlation = (
         float(spearmanr(before, after).statistic) if len(after) > 2 and distinct else np.nan
     )
-    return RoundReport(EPOCHS * 2**number, len(trained), gained, correlation)
+    epochs = cycle_epochs(Recover(epochs=EPOCHS), number)
+    return RoundReport(epochs, len(trained), gained, correlation)
 
 
 def shapes_for(seconds: float, epoch_s: float | None) -> int:
@@ -264,8 +261,7 @@ def _has_few_bits(way: Plan) -> bool:
 def _on_front(
     evaluations: Sequence[Evaluation], objectives: Sequence[Objective]
 ) -> list[Evaluation]:
-    values = np.array([objective_values(e, objectives) for e in evaluations])
-    mask = non_dominated(values, maximise=[MAXIMISE[name] for name in objectives])
+    mask = front_mask(evaluations, objectives)
     return [e for e, on in zip(evaluations, mask, strict=True) if on]
 
 

@@ -32,6 +32,11 @@ class Stage(IntEnum):
     QUANTIZE = 6
     RETRAIN = 7
 
+    @property
+    def trains(self) -> bool:
+        """Whether weights are trained then."""
+        return self in (Stage.RECOVER, Stage.RETRAIN)
+
 
 @final
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import final
 import numpy as np
 
 from autocompress.device import RuntimeSettings, TensorRtSettings
+from autocompress.files import user_cache
 from autocompress.measure.runtimes.by_shape import ByShape, Compiled
 from autocompress.measure.runtimes.onnx_files import has_operators, trivial_model
 from autocompress.measure.runtimes.onnxruntime_cuda import PROVIDER as CUDA
@@ -131,8 +132,7 @@ def provider_options(
 
 def cache_root() -> Path:
     """Where engines are kept: `autocompress/tensorrt` in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "autocompress" / "tensorrt"
+    return user_cache() / "tensorrt"
 
 
 def engine_folder(

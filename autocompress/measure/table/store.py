@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, final
 
 from autocompress.errors import MeasurementError
+from autocompress.files import user_cache
 from autocompress.measure.table.block import Block, TensorType
 from autocompress.measure.table.joint import Meeting
 
@@ -57,8 +58,7 @@ def cache_path(runtime_id: str) -> Path:
     Args:
         runtime_id: see `Fingerprint.runtime_id`.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "autocompress" / "latency" / f"{runtime_id}.jsonl"
+    return user_cache() / "latency" / f"{runtime_id}.jsonl"
 
 
 @final
