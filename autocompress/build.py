@@ -33,7 +33,7 @@ from autocompress.workload import Split, Workload
 _RANGE_SAMPLES = 64
 _STOCK_SAMPLES = 256
 # Of the search split, for a first look at a network.
-_SAMPLE = 128
+_SAMPLE = 64
 # Never stops.
 _UNWATCHED = Watch()
 

@@ -256,7 +256,8 @@ class Evaluator:
         candidate = candidate_name(artifact.path.stem, runtime, self._profile.runtime_names[0])
         with self._coding(artifact.path, final=final) as coding:
             with clock.step("metric"):
-                pool = self._scoring if final else self._beside
+                # Nothing is built beside reference points, whose plan is empty.
+                pool = self._scoring if final or not plan.steps else self._beside
                 metric = self._metric(subject, split, pool)
             with clock.step("latency"):
                 paired = self._timing.compare(

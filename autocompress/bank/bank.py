@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import cast, final
 
@@ -164,18 +165,30 @@ class Bank:
         return self._cached(self._key("refit", layer, keep), solve, lasting=lasting)
 
     def solve(
-        self, technique: LayerTechnique, decision: Decision, problem: LayerProblem, context: str
+        self,
+        technique: LayerTechnique,
+        decision: Decision,
+        layer: str,
+        problem: Callable[[], LayerProblem],
+        context: str,
     ) -> Variant:
-        """A technique's solved tensors.
+        """A technique's solved tensors for a layer.
 
         Args:
+            problem: gives the layer's problem; only called if it was not solved before.
             context: what earlier stages made of the layer; empty for the original layer, whose
                 variants are kept on disk.
         """
         ignored = technique.levels if technique.shares_solve(decision) else ()
         values = decision.model_dump(mode="json", exclude=set(ignored))
-        key = self._key(technique.name, problem.layer.name, values, context)
-        return self._cached(key, lambda: technique.solve(problem, decision), lasting=not context)
+        key = self._key(technique.name, layer, values, context)
+        return self._cached(key, lambda: technique.solve(problem(), decision), lasting=not context)
+
+    def solve_unchanged(self, technique: LayerTechnique, decision: Decision, layer: str) -> Variant:
+        """A technique's solved tensors for a layer of the original network."""
+        gradients = technique.uses_gradients(decision)
+        problem = partial(self.problem, layer, gradients=gradients)
+        return self.solve(technique, decision, layer, problem, "")
 
     def copy_network(self) -> nn.Module:
         """A copy of the original network that may be changed."""

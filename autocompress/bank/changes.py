@@ -73,8 +73,7 @@ def _readers(
 def _layer(bank: Bank, technique: LayerTechnique, target: str, decision: Decision) -> nn.Module:
     folds = technique.folds_norm(decision) and target in bank.graph.norms
     if not folds:
-        problem = bank.problem(target, gradients=technique.uses_gradients(decision))
-        variant = bank.solve(technique, decision, problem, "")
+        variant = bank.solve_unchanged(technique, decision, target)
         module = copy.deepcopy(bank.network.get_submodule(target))
         return technique.install(module, variant, decision, bank.multiple).eval()
     network = bank.copy_network()

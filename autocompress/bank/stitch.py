@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast, final
 
 import torch
@@ -201,29 +202,32 @@ def _apply(
         fold_batch_norm(network, bank.graph.norms, target)
     module = network.get_submodule(target)
     parts = list(module) if isinstance(module, nn.Sequential) else [module]
-    for index in range(len(parts)):
-        problem = _current_problem(bank, stitched, (target, parts, index), technique, decision)
-        unchanged = module is parts[0] and torch.equal(
-            problem.weight, unfolded(bank.network.get_submodule(target))
+    for index, part in enumerate(parts):
+        weight = unfolded(part)
+        unchanged = module is part and torch.equal(
+            weight, unfolded(bank.network.get_submodule(target))
         )
-        context = "" if unchanged else _context(problem, stitched, parts[:index])
-        variant = bank.solve(technique, decision, problem, context)
-        installed = technique.install(parts[index], variant, decision, bank.multiple)
-        network.set_submodule(target if module is parts[0] else f"{target}.{index}", installed)
+        context = "" if unchanged else _context(stitched, target, weight, parts[:index])
+        place = (target, parts, index)
+        problem = partial(_current_problem, bank, stitched, place, technique, decision)
+        variant = bank.solve(technique, decision, target, problem, context)
+        installed = technique.install(part, variant, decision, bank.multiple)
+        network.set_submodule(target if module is part else f"{target}.{index}", installed)
 
 
-def _context(problem: LayerProblem, stitched: Stitched, before: Sequence[nn.Module]) -> str:
+def _context(stitched: Stitched, layer: str, weight: Tensor, before: Sequence[nn.Module]) -> str:
     """What a solution depends on beside the original network and the decision.
 
     Args:
+        weight: the layer's, or a part's, as it stands now.
         before: the parts whose outputs a part of a decomposed layer reads.
     """
     factor = getattr(before[0] if before else None, "input_factor", None)
     return make_key(
-        tuple(problem.weight.shape),
-        tensors_hash((problem.weight, *(unfolded(part) for part in before))),
+        tuple(weight.shape),
+        tensors_hash((weight, *(unfolded(part) for part in before))),
         "" if factor is None else tensors_hash((factor,)),
-        stitched.removed.get((problem.layer.name, "in"), []),
+        stitched.removed.get((layer, "in"), []),
     )
 
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from autocompress.errors import ExportError
 
 CALIBRATIONS = ("minmax", "percentile", "mse", "entropy")
-# Shares of the observed range that are tried as the representable one.
-_MSE_VALUES = 12_000
+# Shares of the observed range that are tried as the representable one; of so many values.
 _CLIP_RATIOS = np.linspace(0.5, 1.0, 26)
+_MSE_VALUES = 3_000
 # Share of the values that lie below the upper end, and above the lower one.
 _PERCENTILE = 0.9999
 _HISTOGRAM_BINS = 2048
@@ -109,21 +109,34 @@ def percentile_interval(observed: Observed) -> tuple[float, float]:
 
 def mse_interval(observed: Observed, bits: int) -> tuple[float, float]:
     """The share of the observed interval with the least squared error, by grid search."""
-    # Few of the values show the error well enough; the ends count as the single values they are.
-    stride = max(1, len(observed.sample) // _MSE_VALUES)
-    ends = np.array([observed.low, observed.high])
-    sample = np.concatenate([observed.sample[::stride].astype(np.float64), ends])
-    weight = np.full(len(sample), float(stride))
-    weight[-len(ends) :] = 1.0
-    best, best_error = (observed.low, observed.high), np.inf
-    for ratio in _CLIP_RATIOS:
-        interval = observed.low * float(ratio), observed.high * float(ratio)
-        scale, zero_point = _spread(*interval, bits)
-        integers = np.clip(np.round(sample / scale) + zero_point, 0, 2**bits - 1)
-        error = float(weight @ np.square((integers - zero_point) * scale - sample))
-        if error < best_error:
-            best, best_error = interval, error
-    return best
+    sample, weight = _thinned(observed)
+    errors = []
+    for ratio in _CLIP_RATIOS.tolist():
+        scale, zero_point = _spread(observed.low * ratio, observed.high * ratio, bits)
+        rounded = sample / scale
+        np.rint(rounded, out=rounded)
+        np.clip(rounded, -zero_point, 2**bits - 1 - zero_point, out=rounded)
+        rounded *= scale
+        rounded -= sample
+        errors.append(float(weight @ np.square(rounded, out=rounded)))
+    ratio = float(_CLIP_RATIOS[int(np.argmin(errors))])
+    return observed.low * ratio, observed.high * ratio
+
+
+def _thinned(observed: Observed) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Fewer values, and of how many each stands for one.
+
+    Values that some interval cuts off decide, and are few: they are thinned apart from the others.
+    """
+    values = observed.sample
+    least = float(_CLIP_RATIOS[0])
+    cut = (values > least * observed.high) | (values < least * observed.low)
+    parts, weights = [], []
+    for part in (values[cut], values[~cut]):
+        stride = max(1, len(part) // _MSE_VALUES)
+        parts.append(part[::stride].astype(np.float64))
+        weights.append(np.full(len(parts[-1]), float(stride)))
+    return np.concatenate(parts), np.concatenate(weights)
 
 
 def entropy_interval(observed: Observed, bits: int) -> tuple[float, float]:

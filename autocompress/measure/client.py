@@ -28,7 +28,7 @@ _MODULE = "autocompress.measure.worker"
 # A final measurement takes this share of its time limit at least.
 _FINAL_SHARE = 1 / 3
 # A search stops sampling as soon as its target allows: its rounds are shorter.
-_FINAL_ROUNDS, _SEARCH_ROUNDS = 60, 150
+_FINAL_ROUNDS, _SEARCH_ROUNDS = 60, 250
 
 
 @final

@@ -268,5 +268,4 @@ def _solve(bank: Bank, target: str, decision: Decision) -> None:
     if isinstance(technique, GroupTechnique):
         bank.order(bank.graph.group(target), technique, decision)
     elif isinstance(technique, LayerTechnique) and not technique.folds_norm(decision):
-        problem = bank.problem(target, gradients=technique.uses_gradients(decision))
-        bank.solve(technique, decision, problem, "")
+        bank.solve_unchanged(technique, decision, target)

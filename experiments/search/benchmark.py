@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +40,7 @@ from autocompress.errors import ConfigError  # noqa: E402
 from autocompress.evaluate import Evaluation  # noqa: E402
 from autocompress.export.coding import encode_file  # noqa: E402
 from autocompress.export.torch_export import export_graph  # noqa: E402
-from autocompress.files import write_json, write_whole  # noqa: E402
+from autocompress.files import user_cache, write_json, write_whole  # noqa: E402
 from autocompress.measure.client import Subject, Worker  # noqa: E402
 from autocompress.measure.scoring import ScoringPool  # noqa: E402
 from autocompress.pareto import hypervolume, non_dominated  # noqa: E402
@@ -239,8 +240,19 @@ def sampler_cell(options: argparse.Namespace, name: str, seed: int, sampler: str
 def _search_cell(experiment: Path, run: Path, minutes: float, seed: int) -> Cell:
     load = os.getloadavg()[0]
     limits = ["--time", f"{60 * minutes:g}s", "--seed", str(seed)]
-    _run(["-m", "autocompress", "search", str(experiment), "--run", str(run), *limits])
+    command = ["-m", "autocompress", "search", str(experiment), "--run", str(run), *limits]
+    _run(command, XDG_CACHE_HOME=str(own_cache(run.with_name(f"{run.name}-cache"))))
     return read_search(run, load)
+
+
+def own_cache(folder: Path) -> Path:
+    """A cache with the trained network in it, but no sensitivities of an earlier search."""
+    kept = folder / "autocompress"
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in user_cache().glob("*.safetensors"):
+        if not (kept / file.name).exists():
+            shutil.copy(file, kept)
+    return folder
 
 
 def read_search(run: Path, load: float) -> Cell:
@@ -397,9 +409,9 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 # --- the command line
 
 
-def _run(arguments: Sequence[str]) -> None:
+def _run(arguments: Sequence[str], **variables: str) -> None:
     # Both sides take PyTorch's own number of threads, as a user has it.
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | variables
     subprocess.run([sys.executable, *arguments], check=True, env=environment)
 
 

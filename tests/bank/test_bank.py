@@ -61,9 +61,7 @@ def counted(technique: LayerTechnique) -> tuple[LayerTechnique, list[str]]:
 
 
 def solve(bank: Bank, technique: LayerTechnique, name: str = LAYER) -> Variant:
-    decision = DECISIONS[technique.name]
-    problem = bank.problem(name, gradients=technique.uses_gradients(decision))
-    return bank.solve(technique, decision, problem, "")
+    return bank.solve_unchanged(technique, DECISIONS[technique.name], name)
 
 
 def assert_same(one: Variant, other: Variant) -> None:
@@ -113,7 +111,7 @@ def test_the_same_is_solved_once(tmp_path: Path) -> None:
     bank = new_bank(NAME, tmp_path)
     technique, calls = counted(LOW_RANK)
     for ratio in (0.25, 0.5, 0.75):
-        bank.solve(technique, LowRank(rank_ratio=ratio), bank.problem(LAYER), "")
+        bank.solve_unchanged(technique, LowRank(rank_ratio=ratio), LAYER)
     assert calls == [LAYER]
 
 
