@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -204,9 +205,12 @@ class _Bench:
         return self._worker.compare(*sides, self._example, final=final, seed=0).speedup
 
     def judge(self, model: Path) -> Judged:
-        test = self._workload.test_split
-        drop = self.accuracy(self._original, test) - self.accuracy(model, test)
+        drop = self._original_test - self.accuracy(model, self._workload.test_split)
         return Judged(100 * drop, self.speedup(model, final=True), _download_bytes(model))
+
+    @cached_property
+    def _original_test(self) -> float:
+        return self.accuracy(self._original, self._workload.test_split)
 
 
 def _download_bytes(model: Path) -> int:
