@@ -25,7 +25,7 @@ TRAINING = Training(
     shift=2,
     threads=2,
 )
-TRAIN, CALIBRATION, SEARCH = 50_000, 2_000, 2_000
+TRAIN, CALIBRATION, SEARCH = 50_000, 2_000, 1_500
 MEAN, DEVIATION = 0.286, 0.353
 
 # SHA-256 of the idx bytes, decompressed: distributions compress them anew.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import threading
@@ -27,8 +28,9 @@ Inputs = Sequence[Array] | Path
 _MODULE = "autocompress.measure.worker"
 # A final measurement takes this share of its time limit at least.
 _FINAL_SHARE = 1 / 3
-# A search stops sampling as soon as its target allows: its rounds are shorter.
-_FINAL_ROUNDS, _SEARCH_ROUNDS = 60, 250
+_FINAL_ROUNDS = 60
+# A search stops sampling as soon as its target allows: its rounds are a pair of blocks.
+_SEARCH_ROUND_S = 0.012
 
 
 @final
@@ -172,12 +174,13 @@ class Worker:
         limits = self._profile.measuring
         target = limits.final_target_half_width if final else limits.target_half_width
         time_limit_s = limits.final_time_limit_s if final else limits.time_limit_s
+        rounds = _FINAL_ROUNDS if final else math.ceil(time_limit_s / _SEARCH_ROUND_S)
         stopping = {
             "target_half_width": target,
             "time_limit_s": time_limit_s,
             "seed": seed,
             "least_s": time_limit_s * _FINAL_SHARE if final else 0.0,
-            "rounds_in_limit": _FINAL_ROUNDS if final else _SEARCH_ROUNDS,
+            "rounds_in_limit": rounds,
         }
         request = {
             "operation": "compare",
