@@ -207,6 +207,17 @@ class Builder:
             return 0.0
         return self._trainer.seconds(stitch(self._bank, shape).network, plan)
 
+    def training_files(self, plan: Plan) -> list[Path]:
+        """Where what a plan's recovery ends with, cycle by cycle, is kept.
+
+        Raises:
+            PlanError: the plan does not fit the network, or there is no train split.
+        """
+        shape = _until(plan, Stage.RECOVER)
+        if recovery_of(shape) is None:
+            return []
+        return self._trainer.files(stitch(self._bank, shape).network, shape)
+
     def _trained(
         self, plan: Plan, clock: Stopwatch, watch: Watch
     ) -> tuple[Stitched, list[Tensor] | None]:

@@ -1,6 +1,7 @@
 """The command line: thin, with progress, tables of at most 100 columns, and exit codes.
 
-Exit codes: 0 done, 1 nothing fits the limits of `pick` or `solve`, 2 bad input, 130 interrupted.
+Exit codes: 0 done, 1 nothing fits the limits of `pick` or `solve`, or a search of a sweep failed,
+2 bad input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -49,7 +50,7 @@ def _options(
 
 
 @app.command()
-def search(
+def search(  # noqa: PLR0913 - every parameter is an option of the command
     experiment: Annotated[Path, typer.Argument(help="An experiment's YAML file.")],
     run: Annotated[
         Path | None, typer.Option(help="Run folder; by default runs/NAME of the experiment.")
@@ -63,17 +64,36 @@ def search(
         list[str] | None,
         typer.Option(help="A hard limit, such as 'drop <= 1.0' or 'speedup >= 4'; repeatable."),
     ] = None,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="This machine, or a Ray cluster.")
+    ] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="The cluster's head, HOST:PORT or auto; else one is started.")
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="Where the study is: a database's URL, grpc://HOST:PORT, or folder."),
+    ] = None,
+    artifacts: Annotated[
+        str | None,
+        typer.Option(help="A location that all nodes see; by default the run folder."),
+    ] = None,
 ) -> None:
     """Search for compressed models, or go on where an earlier call ended or was killed.
 
+    A run may go on with another engine or storage than it was begun with.
+
     Example: autocompress search experiments/digits.yaml --trials 40
+
+    Example: autocompress search experiments/digits.yaml --engine ray --address auto
     """
     from autocompress.report.progress import SearchDisplay
     from autocompress.search.prepare import Options
     from autocompress.search.run import run_search
 
     with SearchDisplay() as display:
-        options = Options(run, trials, time, seed, tuple(limit or ()))
+        where = (engine, address, storage, artifacts)
+        options = Options(run, trials, time, seed, tuple(limit or ()), *where)
         front = run_search(experiment, options, display)
     console = _console()
     _print_front(front.run, console)
@@ -83,6 +103,48 @@ def search(
         f"  autocompress pick {front.run} --max-drop 1 --out picked",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A sweep's YAML file.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of all runs; by default runs/sweeps/NAME.")
+    ] = None,
+    parallel: Annotated[
+        int, typer.Option(help="Searches at a time; never two on one device.", min=1)
+    ] = 1,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="This machine, or a Ray cluster.")
+    ] = "local",
+    address: Annotated[str | None, typer.Option(help="The cluster's head, for --engine ray.")] = None,
+) -> None:
+    """Run a grid of searches and compare their fronts; interrupted, the same command goes on.
+
+    Example: autocompress sweep experiments/sweeps/digits.yaml --out runs/sweeps/digits
+    """
+    from autocompress.report.progress import SearchDisplay
+    from autocompress.report.sweep import sweep_parts, sweep_rows, write_sweep
+    from autocompress.search.sweep import cells_of, load_sweep, run_sweep
+
+    wanted = load_sweep(file)
+    folder = out or Path("runs") / "sweeps" / wanted.name
+    options = ["--engine", engine, *(["--address", address] if address else [])]
+    cells = cells_of(wanted, file)
+    with SearchDisplay() as display:
+        finished = run_sweep(cells, folder, options, display, parallel=parallel)
+    rows = sweep_rows(finished)
+    write_sweep(rows, finished, folder)
+    console = _console()
+    failed = [one for one in finished if one.failure]
+    for part in sweep_parts(rows, failed):
+        console.print(part)
+    console.print(
+        f"\nThe table is in {folder}/sweep.csv, the chart in {folder}/sweep.html.",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+    if failed:
+        raise typer.Exit(_NO_FIT)
 
 
 @app.command()

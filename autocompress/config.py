@@ -85,6 +85,37 @@ class Experiment(Strict):
         return value
 
 
+class Sweep(Strict):
+    """One sweep file: a search for every combination of its lists.
+
+    Paths in it are relative to the file's own folder, else to the working directory.
+
+    Attributes:
+        experiments: experiment files; each brings a workload and its objectives.
+        devices: device profiles; empty for each experiment's own. So are `search_spaces`,
+            `samplers` and `seeds`.
+        trials: finished trials of each search; with `time` it replaces the experiment's limits.
+        time: of each search, such as `10m`.
+    """
+
+    version: Literal[1]
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    experiments: tuple[str, ...] = Field(min_length=1)
+    devices: tuple[str, ...] = ()
+    search_spaces: tuple[str, ...] = ()
+    samplers: tuple[Sampler, ...] = ()
+    seeds: tuple[int, ...] = ()
+    trials: int | None = Field(default=None, ge=1)
+    time: str | None = None
+
+    @field_validator("time")
+    @classmethod
+    def _readable(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_duration(value)
+        return value
+
+
 class SearchSpace(Strict):
     """One search space file: for each technique the values that its fields may take.
 

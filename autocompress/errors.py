@@ -31,6 +31,12 @@ class AutocompressError(Exception):
             lines.append(f"  to do:   {advice}")
         super().__init__("\n".join(lines))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Errors cross processes whole."""
+        fields = (self.what, self.given, self.allowed, self.advice)
+        texts = tuple(None if f is None else str(f) for f in fields)
+        return _again, (type(self), *texts)
+
 
 @final
 class ConfigError(AutocompressError):
@@ -85,3 +91,13 @@ class RunFolderError(AutocompressError):
 @final
 class NoFitError(AutocompressError):
     """No point of a front meets the limits that were asked for."""
+
+
+def _again(
+    kind: type[AutocompressError],
+    what: str,
+    given: str | None,
+    allowed: str | None,
+    advice: str | None,
+) -> AutocompressError:
+    return kind(what, given=given, allowed=allowed, advice=advice)

@@ -18,6 +18,7 @@ from autocompress.errors import ExportError
 from autocompress.export.coding.beside import Coding
 from autocompress.files import write_json
 from autocompress.measure.client import Subject, Worker
+from autocompress.measure.host_interface import Host
 from autocompress.measure.latency import PairedLatency
 from autocompress.measure.measurement import Measurement
 from autocompress.measure.memory import peak_memory
@@ -152,6 +153,15 @@ class Extras:
 
 
 @final
+@dataclass(frozen=True)
+class Device:
+    """What is measured on, and where it is."""
+
+    profile: DeviceProfile
+    host: Host
+
+
+@final
 class Evaluator:
     """Builds and measures candidates of one workload on one device.
 
@@ -160,7 +170,7 @@ class Evaluator:
     Args:
         workload: checked; its network is in evaluation mode.
         builder: of the workload's candidates.
-        profile: the device.
+        device: what is measured on.
         folder: the run folder; files go to `measurements/` and `scratch/`.
         extras: figures that the search goes by.
     """
@@ -169,21 +179,23 @@ class Evaluator:
         self,
         workload: Workload,
         builder: Builder,
-        profile: DeviceProfile,
+        device: Device,
         folder: Path,
         extras: Extras,
     ) -> None:
         self._workload = workload
         self._builder = builder
-        self._profile = profile
+        self._profile = profile = device.profile
+        self._host = host = device.host
         self._folder = folder
         self._extras = extras
         (folder / "measurements").mkdir(exist_ok=True)
         scratch = folder / "scratch"
-        self._timing = Worker(profile, scratch)
-        self._scoring = ScoringPool(profile, self._timing.cores, scratch)
+        self._timing = Worker(profile, scratch, host)
+        self._scoring = ScoringPool(profile, self._timing.cores, scratch, host)
         # While other cores build candidates, scoring keeps to those that measure.
-        self._beside = ScoringPool(profile, profile.pinned_cores(self._timing.cores), scratch)
+        pinned = profile.pinned_cores(self._timing.cores)
+        self._beside = ScoringPool(profile, pinned, scratch, host)
         self._example = self._timing.store([x.numpy() for x in self._example_batch()])
         self._splits: dict[SplitName, Path] = {}
         self._built: dict[str, Artifact] = {}
@@ -222,6 +234,11 @@ class Evaluator:
     def builder(self) -> Builder:
         """What makes the candidates' files."""
         return self._builder
+
+    @property
+    def extras(self) -> Extras:
+        """Figures that cost more and are taken of every candidate."""
+        return self._extras
 
     @property
     def worker(self) -> Worker:
@@ -266,7 +283,7 @@ class Evaluator:
             memory = None
             if final or self._extras.memory:
                 with clock.step("memory"):
-                    memory = peak_memory(subject, self._example, self._profile)
+                    memory = peak_memory(subject, self._example, self._profile, self._host)
             details = dict(artifact.details) | _circumstances(paired)
             energy = self._energy(subject, clock, details, final=final)
             with clock.step("code"):
@@ -306,7 +323,8 @@ class Evaluator:
         # Also the places that the models take in memory go by the seed.
         seed = len(evaluation.single_measurements)
         energy = None
-        with clock.step("again"), Worker(self._profile, self._folder / "scratch") as worker:
+        scratch = self._folder / "scratch"
+        with clock.step("again"), Worker(self._profile, scratch, self._host) as worker:
             both = (self._baseline, subject, self._example)
             paired = worker.compare(*both, final=True, seed=seed)
             if self._extras.energy:
@@ -351,7 +369,7 @@ class Evaluator:
             yield None
             return
         every = os.sched_getaffinity(0)
-        if self._profile.kind == "cpu" and self._profile.remote is None:
+        if self._profile.kind == "cpu" and self._host.here:
             every = set(self._timing.cores)
             every = every - set(self._profile.pinned_cores(self._timing.cores)) or every
         coding = self._builder.start_coding(model, every, checked=final)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import cast, final
@@ -36,6 +36,18 @@ _GRADIENTS = "gradients"
 _GRADIENT_SAMPLES = 512
 # Counted up whenever a solver changes, so that no run goes on with what an older one solved.
 _SOLVERS = 3
+
+
+@final
+@dataclass(frozen=True)
+class BankState:
+    """What a bank has gathered and solved, to be used by another process."""
+
+    identity: str
+    statistics: Mapping[str, LayerStatistics]
+    gradients: Mapping[str, LayerGradients] | None
+    inputs: tuple[Tensor, ...]
+    variants: Mapping[str, Variant]
 
 
 @final
@@ -89,6 +101,20 @@ class Bank:
             name: LayerStatistics(*(stored[f"{name}|{field}"] for field in _STATISTICS_FIELDS))
             for name in {key.rpartition("|")[0] for key in stored}
         }
+
+    def state(self) -> BankState:
+        """What was gathered and solved so far."""
+        return BankState(
+            self._identity, self._statistics, self._gradients, self._inputs, self._store.held()
+        )
+
+    def take(self, state: BankState) -> None:
+        """Go on with what a bank of the same network has gathered and solved."""
+        self._identity, self._inputs = state.identity, state.inputs
+        self._statistics = dict(state.statistics)
+        self._gradients = None if state.gradients is None else dict(state.gradients)
+        for key, variant in state.variants.items():
+            self._store.put(key, variant, lasting=False)
 
     def statistics(self, layer: str) -> LayerStatistics | None:
         """Input moments of a layer; None for grouped convolutions."""

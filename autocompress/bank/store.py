@@ -77,6 +77,11 @@ class VariantStore:
             path = self._path(key)
             write_whole(path, save({k: v.contiguous() for k, v in variant.items()}, {"key": key}))
 
+    def held(self) -> dict[str, Variant]:
+        """The variants that are in memory."""
+        with self._lock:
+            return dict(self._held)
+
     def _path(self, key: str) -> Path:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 
 from autocompress.errors import MeasurementError
 from autocompress.measure.session import Array
+
+_CHUNK = 1 << 20
 
 
 def write_arrays(path: Path, arrays: Sequence[Array]) -> None:
@@ -57,6 +60,20 @@ def file_key(path: Path) -> tuple[str, int, int]:
     """Path, time of change and size: equal as long as a file has not been written anew."""
     state = path.stat()
     return str(path), state.st_mtime_ns, state.st_size
+
+
+def content_name(path: Path) -> str:
+    """A name that stands for a file's content and shows where it came from."""
+    digest = hashlib.blake2b(digest_size=12)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return f"{digest.hexdigest()}-{plain_name(path.name)}"
+
+
+def plain_name(name: str) -> str:
+    """The end of a name, with its suffix, in characters that every file system takes."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name)[-60:]
 
 
 def rows_of(inputs: Sequence[Array], given: Any) -> int:

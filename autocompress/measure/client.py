@@ -18,9 +18,9 @@ from autocompress.measure.arrays import content_key, read_arrays, write_arrays
 from autocompress.measure.energy import MeterReport
 from autocompress.measure.energy_statistics import EnergySamples
 from autocompress.measure.host import host_of
+from autocompress.measure.host_interface import Child, Host
 from autocompress.measure.latency import PairedLatency, paired_latency
 from autocompress.measure.paired_energy import PairedEnergy, energy_stopping, paired_energy
-from autocompress.measure.process import ChildProcess
 from autocompress.measure.sampling import Samples
 from autocompress.measure.session import Array, NodeTime
 
@@ -60,6 +60,7 @@ class Worker:
     Args:
         profile: the device, its runtimes and its measuring limits.
         scratch: a folder for files on their way to and from the child; made if missing.
+        host: where the device is; None for what the profile says.
         lock_wait_s: how long a request may wait for another process to leave the device.
 
     Raises:
@@ -67,17 +68,22 @@ class Worker:
     """
 
     def __init__(
-        self, profile: DeviceProfile, scratch: Path, *, lock_wait_s: float = 600.0
+        self,
+        profile: DeviceProfile,
+        scratch: Path,
+        host: Host | None = None,
+        *,
+        lock_wait_s: float = 600.0,
     ) -> None:
         self._profile = profile
         self._lock_wait_s = lock_wait_s
         self._scratch = scratch.resolve()
         self._scratch.mkdir(parents=True, exist_ok=True)
-        self._host = host_of(profile)
+        self._host = host or host_of(profile)
         self._facts = self._host.facts(self._scratch)
         self._fingerprint = make_fingerprint(profile, self._facts)
         self._own = Path(tempfile.mkdtemp(prefix="worker-", dir=self._scratch))
-        self._child: ChildProcess | None = None
+        self._child: Child | None = None
         self._one_request = threading.Lock()
         self._closed = False
 

@@ -18,6 +18,8 @@ from autocompress.measure.ssh_host import SshHost
 class LocalHost(Host):
     """This machine."""
 
+    here = True
+
     def __init__(self, profile: DeviceProfile) -> None:
         self._profile = profile
 

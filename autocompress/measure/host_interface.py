@@ -5,18 +5,45 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 from autocompress.device import MachineFacts
-from autocompress.measure.process import ChildProcess
+
+
+class Child(Protocol):
+    """A process on the device that answers one request after another."""
+
+    @property
+    def pid(self) -> int:
+        """The child's process id on the device."""
+
+    @property
+    def running(self) -> bool:
+        """Whether the child has not ended yet."""
+
+    def ask(self, request: Mapping[str, Any], silence_s: float) -> dict[str, Any]:
+        """Send a request and wait for its answer; see `process.ChildProcess.ask`."""
+
+    def stop(self) -> None:
+        """End the child."""
+
+    def remove_stderr(self) -> None:
+        """Delete what was kept of the child's standard error."""
 
 
 class Host(ABC):
-    """A machine that measures. Paths of files there are texts, for they mean nothing here."""
+    """A machine that measures. Paths of files there are texts, for they mean nothing here.
+
+    Attributes:
+        here: whether it is this machine, where what else runs takes the device's cores.
+    """
+
+    here: bool
 
     @abstractmethod
     def start(
         self, module: str, scratch: Path, environment: Mapping[str, str] | None = None
-    ) -> ChildProcess:
+    ) -> Child:
         """Start a child there.
 
         Args:

@@ -21,6 +21,7 @@ from autocompress.measure.child import Beat, Handler, Request, Setup, serve
 from autocompress.measure.client import Inputs, Subject
 from autocompress.measure.gpu_memory import GpuMemory
 from autocompress.measure.host import host_of
+from autocompress.measure.host_interface import Host
 from autocompress.measure.lock import hold
 from autocompress.measure.runtimes import runtime_for
 
@@ -54,7 +55,9 @@ class PeakMemory:
     gpu_reason: str = ""
 
 
-def peak_memory(subject: Subject, inputs: Inputs, profile: DeviceProfile) -> PeakMemory:
+def peak_memory(
+    subject: Subject, inputs: Inputs, profile: DeviceProfile, host: Host | None = None
+) -> PeakMemory:
     """Peak memory of loading a model and running it, above the bare runtime.
 
     A fresh process starts the runtime, notes its resident memory, loads the model and runs it
@@ -67,6 +70,7 @@ def peak_memory(subject: Subject, inputs: Inputs, profile: DeviceProfile) -> Pea
         subject: an ONNX file in one of the profile's runtimes.
         inputs: one array per model input, or the path of an .npz file of them.
         profile: the device; its `hang_limit_s` is the time limit.
+        host: where the device is; None for what the profile says.
 
     Raises:
         MeasurementError: the model fails, crashes the runtime or hangs.
@@ -75,7 +79,7 @@ def peak_memory(subject: Subject, inputs: Inputs, profile: DeviceProfile) -> Pea
     if not subject.model.is_file():
         raise MeasurementError("There is no such file to measure.", given=subject.model)
     profile.runtime(subject.runtime)
-    host = host_of(profile)
+    host = host or host_of(profile)
     with tempfile.TemporaryDirectory(prefix="autocompress-memory-") as name:
         folder = Path(name)
         batch = folder / "batch.npz"

@@ -12,6 +12,8 @@ import numpy as np
 from autocompress.device import DeviceProfile
 from autocompress.measure.arrays import read_arrays, rows_of
 from autocompress.measure.client import Subject, Worker
+from autocompress.measure.host import host_of
+from autocompress.measure.host_interface import Host
 from autocompress.measure.session import Array
 
 
@@ -26,11 +28,19 @@ class ScoringPool:
         profile: the device. A GPU, and a device elsewhere, get one worker.
         cores: the cores that the device gives.
         scratch: a folder for files on their way to and from the children.
+        host: where the device is; None for what the profile says.
     """
 
-    def __init__(self, profile: DeviceProfile, cores: tuple[int, ...], scratch: Path) -> None:
+    def __init__(
+        self,
+        profile: DeviceProfile,
+        cores: tuple[int, ...],
+        scratch: Path,
+        host: Host | None = None,
+    ) -> None:
         self._scratch = scratch
-        self._profiles = _side_by_side(profile, cores)
+        self._host = host or host_of(profile)
+        self._profiles = _side_by_side(profile, cores) if self._host.here else [profile]
         # A worker's child dies with the thread that started it: each keeps to its own.
         self._threads = [ThreadPoolExecutor(1) for _ in self._profiles]
         self._workers: list[Worker | None] = [None] * len(self._profiles)
@@ -80,7 +90,9 @@ class ScoringPool:
         return self._worker(index).predict(subject, part, batch_size)
 
     def _worker(self, index: int) -> Worker:
-        worker = self._workers[index] or Worker(self._profiles[index], self._scratch)
+        # One that pins its children elsewhere is another host.
+        host = None if self._host.here else self._host
+        worker = self._workers[index] or Worker(self._profiles[index], self._scratch, host)
         self._workers[index] = worker
         return worker
 
@@ -103,7 +115,7 @@ class ScoringPool:
 
 def _side_by_side(profile: DeviceProfile, cores: tuple[int, ...]) -> list[DeviceProfile]:
     threads = profile.threads
-    if profile.kind != "cpu" or profile.remote is not None:
+    if profile.kind != "cpu":
         return [profile]
     groups = [cores[i : i + threads] for i in range(0, len(cores) - threads + 1, threads)]
     return [profile.model_copy(update={"cores": group}) for group in groups] or [profile]

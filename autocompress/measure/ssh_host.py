@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shlex
 import subprocess
 import tempfile
@@ -16,7 +15,7 @@ from typing import IO, NoReturn, final
 
 from autocompress.device import DeviceProfile, MachineFacts, RemoteSettings
 from autocompress.errors import DeviceError, MeasurementError
-from autocompress.measure.arrays import file_key
+from autocompress.measure.arrays import content_name, file_key, plain_name
 from autocompress.measure.child import Setup
 from autocompress.measure.host_interface import Host
 from autocompress.measure.process import ChildProcess
@@ -32,7 +31,6 @@ _FACTS_LIMIT_S = 120.0
 # Only files of this name are ever deleted there: the folder may hold others.
 _PREFIX = "autocompress-"
 _KEPT_DAYS = 14
-_CHUNK = 1 << 20
 _ABOUT = (
     "import json; from importlib import metadata; from autocompress.device import usable_cores; "
     "print(json.dumps([metadata.version('autocompress'), usable_cores()]))"
@@ -52,6 +50,8 @@ class SshHost(Host):
         profile: the device.
         remote: where it is.
     """
+
+    here = False
 
     def __init__(self, profile: DeviceProfile, remote: RemoteSettings) -> None:
         # There, the device is the local machine.
@@ -93,7 +93,7 @@ class SshHost(Host):
         path = path.resolve()
         key = file_key(path)
         if key not in self._names:
-            name = _content_name(path)
+            name = f"{_PREFIX}{content_name(path)}"
             if name not in self._sure:
                 self._send(path, name)
             self._names[key] = name
@@ -104,7 +104,7 @@ class SshHost(Host):
         """A path in the host's folder that belongs to this object and `path` alone."""
         self._list()
         place = hashlib.blake2b(str(path.resolve()).encode(), digest_size=6).hexdigest()
-        name = f"{_PREFIX}result-{self._token}-{place}{_plain(path.suffix)}"
+        name = f"{_PREFIX}result-{self._token}-{place}{plain_name(path.suffix)}"
         return f"{self._folder}/{name}"
 
     def fetch(self, path: Path) -> None:
@@ -264,20 +264,6 @@ def _folder(text: str) -> str:
     """A folder that no command takes for an option."""
     text = text.removeprefix("~/").rstrip("/")
     return text if text.startswith("/") else f"./{text}"
-
-
-def _content_name(path: Path) -> str:
-    """A name that stands for a file's content and shows where it came from."""
-    digest = hashlib.blake2b(digest_size=12)
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return f"{_PREFIX}{digest.hexdigest()}-{_plain(path.name)}"
-
-
-def _plain(name: str) -> str:
-    """The end of a name, with its suffix, in characters that every file system takes."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", name)[-60:]
 
 
 def _refuse_other_files(path: Path) -> None:

@@ -153,6 +153,15 @@ class Trainer:
         ]
         return None if None in parts else sum(part for part in parts if part is not None)
 
+    def files(self, network: nn.Module, plan: Plan) -> list[Path]:
+        """Where what each cycle of a plan's recovery ends with is kept; not all need be there.
+
+        Args:
+            network: stitched by the plan; as long as it is not trained.
+        """
+        decision = recovery_of(plan)
+        return [] if decision is None else self._kept_files(network, plan, decision)
+
     def forget_checkpoints(self, plan: Plan) -> None:
         """Remove what a finished plan's trainings would have gone on from."""
         for checkpoint in self._folder.glob(f"{plan.hash}*.checkpoint"):

@@ -1,15 +1,14 @@
-"""The search itself: plans are judged beside the device while it measures the promising ones.
+"""The search on this machine: plans are judged beside the device while it measures.
 
 This process proposes, judges and builds on the cores that do not measure; one thread hands finished
-files to the device, one after another. Whenever the device is about to become idle, the judged plan
-with the largest expected gain is built; meanwhile further plans are judged.
+files to the device, one after another.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,47 +18,19 @@ import torch
 from torch import nn
 
 from autocompress.build import Stopwatch
-from autocompress.config import Objective
-from autocompress.device import DeviceProfile
-from autocompress.errors import DeviceError, SearchError
-from autocompress.evaluate import Evaluation
+from autocompress.errors import DeviceError
+from autocompress.evaluate import Device, Evaluation
+from autocompress.search.agenda import POOL, Agenda, Outcome, Task, reason_of
 from autocompress.search.context import SearchContext
 from autocompress.search.costs.models import CostModels
-from autocompress.search.judge import Interval, Judge, Judgement
-from autocompress.search.promotion import FrontGain, Judged, Pool
+from autocompress.search.judge import Judge, Sample
 from autocompress.search.study import Proposal, Study
-from autocompress.techniques import technique_of
 
 # Built files that wait for the device: one, so that it is never idle.
 _AHEAD = 2
-# Judged plans that wait, and how much their networks may take together.
-_POOL = 24
+# How much the networks of judged plans may take together.
 _POOL_BYTES = 1 << 29
-# Of so many judged plans the best is measured though none promises anything.
-_PATIENCE = 3
-# If so many candidates fail one after another, something is wrong with all of them.
-_HOPELESS = 10
 _WAIT_S = 1.0
-
-
-@final
-@dataclass
-class Outcome:
-    """What happens around the search, told by those who run it.
-
-    Attributes:
-        allowed: whether another candidate may be begun, with so many finished or under way.
-        finished: called after each finished candidate.
-        violations: by how much an evaluation misses the hard limits.
-        spent_s: seconds of the search until now.
-        excess: by how much estimates are expected to miss the hard limits.
-    """
-
-    allowed: Callable[[int], bool]
-    finished: Callable[[Evaluation | None], None]
-    violations: Callable[[Evaluation], Sequence[float]]
-    spent_s: Callable[[], float]
-    excess: Callable[[Mapping[Objective, Interval]], float] = lambda estimates: 0.0
 
 
 @final
@@ -67,18 +38,8 @@ class Outcome:
 class _UnderWay:
     """A candidate that was handed to the device."""
 
-    proposal: Proposal
-    judgement: Judgement | None
+    task: Task
     future: Future[Evaluation]
-
-
-@final
-@dataclass
-class _Count:
-    in_a_row: int = 0
-    since_promising: int = 0
-    exhausted: bool = False
-    judged: int = 0
 
 
 @final
@@ -88,7 +49,7 @@ class Explorer:
     Args:
         context: builds and measures.
         study: proposes plans and keeps what came of them.
-        judge: judges plans.
+        sample: what plans are judged on.
         costs: predicted costs; learns from what is measured.
         original: figures of the original network on the search split.
         outcome: limits, and whom to tell.
@@ -98,24 +59,21 @@ class Explorer:
         self,
         context: SearchContext,
         study: Study,
-        judge: Judge,
+        sample: Sample,
         costs: CostModels,
         original: Evaluation,
         outcome: Outcome,
     ) -> None:
-        self._context, self._study = context, study
-        self._judge, self._costs, self._outcome = judge, costs, outcome
-        self._original, self._objectives = original, context.objectives
-        self._pool = Pool(_POOL)
+        self._context, self._sample = context, sample
+        judge = Judge(context.objectives, original)
+        self._agenda = Agenda(study, judge, costs, original, outcome, self._let_go)
         self._networks: dict[str, nn.Module] = {}
         self._under_way: deque[_UnderWay] = deque()
-        self._count = _Count()
-        self._gain: FrontGain | None = None
 
     @property
     def judged(self) -> int:
         """How many plans were judged so far by this object."""
-        return self._count.judged
+        return self._agenda.judged_plans
 
     def run(self) -> None:
         """Search until nothing is allowed any more or no new plan is found.
@@ -126,100 +84,49 @@ class Explorer:
         """
         while True:
             self.keep_busy()
-            if not self._under_way and (self._count.exhausted or not self._allowed()):
+            if self._agenda.over:
                 break
-            if self._wants_proposal():
-                self._propose()
+            if self._agenda.judges:
+                self._judge_one()
             elif self._under_way:
                 self._wait()
-        for judged in self._pool.clear():
-            self._let_go(judged)
+        self._agenda.close()
 
     def keep_busy(self) -> None:
         """Take in what is finished, and build candidates that the device will need."""
         self._take_in_finished()
-        while self._study.seeds_waiting and self._has_place():
-            proposal = self._study.propose()
-            if proposal is not None:
-                self._build(proposal, None)
-        if not self._study.seeds_waiting and self._has_place():
-            judged = self._most_promising()
-            if judged is not None:
-                self._build(judged.proposal, judged.judgement)
+        while len(self._under_way) < _AHEAD:
+            task = self._agenda.next_to_build()
+            if task is None:
+                break
+            self._build(task)
 
-    def _has_place(self) -> bool:
-        return len(self._under_way) < _AHEAD and self._allowed()
-
-    def _allowed(self) -> bool:
-        return self._outcome.allowed(self._study.finished + len(self._under_way))
-
-    def _wants_proposal(self) -> bool:
-        return not self._count.exhausted and self._allowed() and not self._study.seeds_waiting
-
-    def _propose(self) -> None:
-        proposal = self._study.propose()
+    def _judge_one(self) -> None:
+        proposal = self._agenda.next_to_judge()
         if proposal is None:
-            self._count.exhausted = True
-        elif proposal.seeded or _trains(proposal):
-            self._build(proposal, None)
-        else:
-            self._judge_one(proposal)
-
-    def _judge_one(self, proposal: Proposal) -> None:
-        self._study.begin_judging(proposal)
+            return
         try:
             tried = self._context.evaluator.builder.network(proposal.plan, Stopwatch())
-            predicted = self._costs.predict(proposal.indices, proposal.runtime)
-            judgement = self._judge.judge(
-                tried, predicted, self._study.evaluations_on_front, self._promises
-            )
+            seen = [self._sample.first(tried)]
+            judgement = self._agenda.judge(proposal, seen)
+            if self._agenda.promises(judgement):
+                # Worth a second look.
+                seen.append(self._sample.further(tried.network))
+                judgement = self._agenda.judge(proposal, seen)
         except (DeviceError, OSError):
             raise
         except Exception as cause:
-            self._fail(proposal, cause)
+            self._agenda.unjudgeable(proposal, reason_of(cause), cause)
             return
-        self._count.judged += 1
-        self._count.since_promising += 1
-        self._study.keep_judgement(proposal, judgement.to_dict(), self._outcome.spent_s())
-        if judgement.dominated:
-            self._study.set_aside(proposal)
-            return
-        if _POOL * _bytes_of(tried.network) <= _POOL_BYTES:
+        kept = POOL * _bytes_of(tried.network) <= _POOL_BYTES
+        if self._agenda.judged(proposal, judgement) and kept:
             self._networks[proposal.candidate] = tried.network
-        self._pool.add(Judged(proposal, judgement))
 
-    def _front_gain(self) -> FrontGain:
-        if self._gain is None:
-            measured = self._study.evaluations_on_front
-            self._gain = FrontGain(measured, self._original, self._objectives, self._outcome.excess)
-        return self._gain
+    def _let_go(self, proposal: Proposal) -> None:
+        self._networks.pop(proposal.candidate, None)
 
-    def _promises(self, estimates: Mapping[Objective, Interval]) -> bool:
-        """Whether estimates lie beyond the front."""
-        return self._front_gain().of_estimates(estimates) > 0
-
-    def _most_promising(self) -> Judged | None:
-        # A device that would be idle measures the best there is, whatever it promises; so does one
-        # that no new plan will come for.
-        impatient = self._count.exhausted or self._count.since_promising >= _PATIENCE
-        taken, gone = self._pool.take(
-            self._front_gain(),
-            self._study.evaluations_on_front,
-            self._objectives,
-            anything=impatient,
-        )
-        for judged in gone:
-            self._let_go(judged)
-        if taken is not None:
-            self._count.since_promising = 0
-        return taken
-
-    def _let_go(self, judged: Judged) -> None:
-        self._networks.pop(judged.proposal.candidate, None)
-        self._study.set_aside(judged.proposal)
-
-    def _build(self, proposal: Proposal, judgement: Judgement | None) -> None:
-        self._study.start(proposal)
+    def _build(self, task: Task) -> None:
+        proposal = task.proposal
         network = self._networks.pop(proposal.candidate, None)
         try:
             artifact = self._context.evaluator.artifact(proposal.plan, network)
@@ -228,12 +135,12 @@ class Explorer:
             raise
         except Exception as cause:
             # Whatever one plan does to PyTorch must not end a search of hours.
-            self._fail(proposal, cause)
+            self._agenda.failed(task, reason_of(cause), cause)
             return
         future = self._context.measure(
             artifact, proposal.plan, proposal.runtime, "search", final=False
         )
-        self._under_way.append(_UnderWay(proposal, judgement, future))
+        self._under_way.append(_UnderWay(task, future))
 
     def _wait(self) -> None:
         wait([self._under_way[0].future], timeout=_WAIT_S)
@@ -245,37 +152,12 @@ class Explorer:
 
     def _take_in(self, done: _UnderWay) -> None:
         cause = done.future.exception()
-        if isinstance(cause, (DeviceError, OSError)) or (
-            cause is not None and not isinstance(cause, Exception)
-        ):
+        if cause is None:
+            self._agenda.measured(done.task, done.future.result())
+        elif isinstance(cause, Exception) and not isinstance(cause, (DeviceError, OSError)):
+            self._agenda.failed(done.task, reason_of(cause), cause)
+        else:
             raise cause
-        if isinstance(cause, Exception):
-            self._fail(done.proposal, cause)
-            return
-        evaluation = done.future.result()
-        violations = self._outcome.violations(evaluation)
-        self._study.succeed(done.proposal, evaluation, self._outcome.spent_s(), violations)
-        self._costs.observe(done.proposal.indices, evaluation)
-        if done.judgement is not None:
-            self._judge.learn(done.judgement, evaluation)
-        self._gain = None
-        self._count.in_a_row = 0
-        self._outcome.finished(evaluation)
-
-    def _fail(self, proposal: Proposal, cause: Exception) -> None:
-        self._study.fail(proposal, f"{type(cause).__name__}: {cause}")
-        self._count.in_a_row += 1
-        self._outcome.finished(None)
-        if self._count.in_a_row >= _HOPELESS:
-            raise SearchError(
-                f"The last {self._count.in_a_row} candidates all failed; the search is given up.",
-                given=f"{type(cause).__name__}: {cause}",
-                advice="see failures.json in the run folder; --debug shows the last traceback",
-            ) from cause
-
-
-def _trains(proposal: Proposal) -> bool:
-    return any(technique_of(step.decision).stage.trains for step in proposal.plan.steps)
 
 
 def _bytes_of(network: nn.Module) -> int:
@@ -283,7 +165,7 @@ def _bytes_of(network: nn.Module) -> int:
 
 
 @contextmanager
-def beside_the_device(profile: DeviceProfile, cores: tuple[int, ...]) -> Iterator[None]:
+def beside_the_device(device: Device, cores: tuple[int, ...]) -> Iterator[None]:
     """Keep this process's computing off the cores that measure, if there are others.
 
     Args:
@@ -292,8 +174,8 @@ def beside_the_device(profile: DeviceProfile, cores: tuple[int, ...]) -> Iterato
     before = os.sched_getaffinity(0)
     threads = torch.get_num_threads()
     own = before
-    if profile.kind == "cpu" and profile.remote is None:
-        own = before - set(profile.pinned_cores(cores)) or before
+    if device.profile.kind == "cpu" and device.host.here:
+        own = before - set(device.profile.pinned_cores(cores)) or before
     try:
         os.sched_setaffinity(0, own)
         torch.set_num_threads(max(1, min(threads, len(own))))

@@ -9,7 +9,7 @@ import optuna
 
 from autocompress.errors import RunFolderError
 from autocompress.evaluate import Evaluation
-from autocompress.search.record import STUDY_NAME
+from autocompress.search.storage import has_study, open_storage, place_of
 from autocompress.search.study import EVALUATION, FINISHED_S
 
 
@@ -21,15 +21,15 @@ def read_history(run: Path) -> list[tuple[float, Evaluation]]:
     Raises:
         RunFolderError: there is no study in the folder.
     """
-    database = run / "study.sqlite3"
-    if not database.is_file():
+    if not has_study(run):
         raise RunFolderError("There is no study in the folder.", given=run)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    place = place_of(run)
     try:
-        study = optuna.load_study(study_name=STUDY_NAME, storage=f"sqlite:///{database}")
-    except Exception as cause:
-        # Whatever the database layer raises, the file is no study.
-        raise RunFolderError(f"The study cannot be read: {cause}", given=database) from cause
+        study = optuna.load_study(study_name=place.study, storage=open_storage(place))
+    except KeyError as cause:
+        raise RunFolderError(
+            f"The study cannot be read: {place.study} is not there.", given=place.shown
+        ) from cause
     found = [
         (
             float(trial.user_attrs.get(FINISHED_S, 0.0)),

@@ -6,7 +6,7 @@ Estimates decide what is measured; they never stand among measured figures.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
@@ -121,25 +121,22 @@ class Sample:
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed + 1))
         self._metric = workload.metric
         self._splits = (builder.sample, split.subset(order[:_FURTHER]))
-        first, further = builder.sample_inputs, self._splits[1].inputs
-        self._originals = [rough_outputs(workload.network, x) for x in (first, further)]
+        self._inputs, further = builder.sample_inputs, self._splits[1].inputs
+        self._originals = [rough_outputs(workload.network, x) for x in (self._inputs, further)]
         own = len(builder.sample)
         self._labelled = [tuple(o[-own:] for o in self._originals[0]), self._originals[1]]
         self._scores = [
             self._score(o, s, o) for o, s in zip(self._labelled, self._splits, strict=True)
         ]
 
-    def first(self, tried: Tried, inputs: tuple[Tensor, ...]) -> Seen:
+    def first(self, tried: Tried) -> Seen:
         """What a network loses on the samples that it has passed.
-
-        Args:
-            inputs: the builder's `sample_inputs`, for networks that have not passed them.
 
         Raises:
             WorkloadError: the network or the metric fails.
         """
         outputs = (
-            rough_outputs(tried.network, inputs)
+            rough_outputs(tried.network, self._inputs)
             if tried.outputs is None
             else tuple(o.float().numpy() for o in tried.outputs)
         )
@@ -243,49 +240,33 @@ class LossModel:
 
 @final
 class Judge:
-    """Judges plans by running their networks on a sample.
+    """Says what plans are likely to be worth by what their networks made of a sample.
 
     Args:
-        sample: what plans are judged on.
-        inputs: the builder's `sample_inputs`.
         objectives: what the search goes by.
         original: the original network's figures on the search split.
     """
 
-    def __init__(
-        self,
-        sample: Sample,
-        inputs: tuple[Tensor, ...],
-        objectives: Sequence[Objective],
-        original: Evaluation,
-    ) -> None:
-        self._sample, self._inputs = sample, inputs
-        self._objectives = tuple(objectives)
+    def __init__(self, objectives: Sequence[Objective], original: Evaluation) -> None:
+        self.objectives = tuple(objectives)
         self._original = original
         self._losses = LossModel()
 
     def judge(
         self,
-        tried: Tried,
+        seen: Sequence[Seen],
         costs: Mapping[Objective, Interval],
         measured: Sequence[Evaluation],
-        promising: Callable[[Mapping[Objective, Interval]], bool],
     ) -> Judgement:
-        """Look at what a plan's network made of few samples, and at more if that may be worth it.
+        """Join what is known of a plan.
 
         Args:
-            tried: the plan's network, in evaluation mode.
+            seen: what its network made of samples; at least one.
             costs: what is predicted of other objectives than the metric.
             measured: the points that it must not be dominated by.
-            promising: whether a second look is worth it.
         """
-        seen = [self._sample.first(tried, self._inputs)]
         estimates = {**costs, "metric": self._metric(seen)}
-        dominated = is_dominated(estimates, measured, self._objectives)
-        if not dominated and promising(estimates):
-            seen.append(self._sample.further(tried.network))
-            estimates = {**costs, "metric": self._metric(seen)}
-            dominated = is_dominated(estimates, measured, self._objectives)
+        dominated = is_dominated(estimates, measured, self.objectives)
         return Judgement(estimates, _mean_loss(seen), sum(s.samples for s in seen), dominated)
 
     def learn(self, judgement: Judgement, evaluation: Evaluation) -> None:

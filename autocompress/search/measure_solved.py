@@ -69,7 +69,7 @@ def _measured(prepared: Prepared, solved: Solved, progress: Progress) -> Evaluat
     extras = Extras(coded, "energy" in objectives, memory)
     progress.stage("build and measure the solved plan")
     with Evaluator(
-        prepared.workload, builder, prepared.profile, prepared.folder.path, extras
+        prepared.workload, builder, prepared.device, prepared.folder.path, extras
     ) as evaluator:
         # The empty plan's file is the original's, and every speed-up is against that.
         if not solved.plan.steps:

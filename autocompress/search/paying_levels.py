@@ -17,6 +17,7 @@ from autocompress.measure.table.table import Table
 from autocompress.search.prepare import Prepared
 from autocompress.search.progress import Progress
 from autocompress.search.space import Space
+from autocompress.search.storage import has_study
 from autocompress.search.thin import Thinned, latency_alone, thin_space
 from autocompress.search.variants import find_variants
 
@@ -53,7 +54,7 @@ def keep_paying_levels(prepared: Prepared, progress: Progress) -> Prepared:
     path = prepared.folder.path / _FILE
     if path.is_file():
         dropped = _read(path)
-    elif prepared.folder.database.is_file() or not latency_alone(prepared.experiment.objectives):
+    elif has_study(prepared.folder.path) or not latency_alone(prepared.experiment.objectives):
         return prepared
     else:
         dropped = _find(prepared, progress)

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import Literal, final
 
 import torch
 
@@ -26,9 +26,11 @@ from autocompress.config import (
 )
 from autocompress.device import DeviceProfile, Fingerprint, load_profile, make_fingerprint
 from autocompress.errors import ConfigError, DeviceError
+from autocompress.evaluate import Device
 from autocompress.export import Exporter
 from autocompress.graph import NetworkGraph, trace
 from autocompress.measure.host import host_of
+from autocompress.measure.host_interface import Host
 from autocompress.measure.meters import meter_for
 from autocompress.measure.runtimes import check_runtimes
 from autocompress.plan import Decision
@@ -48,13 +50,24 @@ _PARITY_SAMPLES = 8
 @final
 @dataclass(frozen=True)
 class Options:
-    """What a call may set beside the experiment file; None leaves the file's value."""
+    """What a call may set beside the experiment file; None leaves the file's value.
+
+    Attributes:
+        engine: `local`, or `ray` for a cluster.
+        address: of the cluster's head; see `cluster.connect.joined`.
+        storage: where the study is kept; see `storage.settle`.
+        artifacts: a location that all nodes see; None for the run folder.
+    """
 
     run: Path | None = None
     trials: int | None = None
     time: str | None = None
     seed: int | None = None
     limits: tuple[str, ...] = ()
+    engine: Literal["local", "ray"] = "local"
+    address: str | None = None
+    storage: str | None = None
+    artifacts: str | None = None
 
 
 @final
@@ -67,7 +80,7 @@ class Prepared:
     """
 
     experiment: Experiment
-    profile: DeviceProfile
+    device: Device
     workload: Workload
     graph: NetworkGraph
     exporter: Exporter
@@ -76,9 +89,22 @@ class Prepared:
     folder: RunFolder
     workload_s: float
 
+    @property
+    def profile(self) -> DeviceProfile:
+        """The device's profile."""
+        return self.device.profile
 
-def prepare(path: Path, options: Options, progress: Progress) -> Prepared:
+
+def prepare(
+    path: Path,
+    options: Options,
+    progress: Progress,
+    find_host: Callable[[DeviceProfile], Host] = host_of,
+) -> Prepared:
     """Load and check all that a search needs; writes nothing.
+
+    Args:
+        find_host: where a profile's device is.
 
     Raises:
         AutocompressError: whatever is wrong with experiment, device, workload or network.
@@ -86,7 +112,8 @@ def prepare(path: Path, options: Options, progress: Progress) -> Prepared:
     experiment = with_options(load_experiment(path), options)
     space_file = load_search_space(experiment.search_space, path)
     profile = load_profile(experiment.device, path)
-    device = check_device(profile, experiment.objectives)
+    device = Device(profile, find_host(profile))
+    fingerprint = check_device(device, experiment.objectives)
     progress.stage("load workload")
     clock = Stopwatch()
     with clock.step("workload"):
@@ -113,26 +140,25 @@ def prepare(path: Path, options: Options, progress: Progress) -> Prepared:
         experiment,
         space_file,
         profile,
-        device,
+        fingerprint,
         network_hash(workload.network),
         data_identity(workload),
     )
     folder = RunFolder(options.run or Path("runs") / experiment.name)
     seconds = clock.seconds["workload"]
-    return Prepared(
-        experiment, profile, workload, graph, exporter, space, identity, folder, seconds
-    )
+    return Prepared(experiment, device, workload, graph, exporter, space, identity, folder, seconds)
 
 
-def check_device(profile: DeviceProfile, objectives: Sequence[Objective]) -> Fingerprint:
+def check_device(device: Device, objectives: Sequence[Objective]) -> Fingerprint:
     """What the device is, after checking that it is there and can take every figure wanted.
 
     Raises:
         DeviceError: it lacks cores, a GPU, a runtime or a meter.
     """
+    profile = device.profile
     with tempfile.TemporaryDirectory() as scratch:
-        facts = host_of(profile).facts(Path(scratch))
-    if profile.remote is None:
+        facts = device.host.facts(Path(scratch))
+    if device.host.here:
         check_runtimes(profile)
         if "energy" in objectives:
             meter_for(profile)

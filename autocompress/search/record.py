@@ -1,60 +1,54 @@
-"""What a search keeps on disk of its trials: an Optuna database, and a log of what was judged.
+"""What a search keeps of its trials: an Optuna study, and a log of what was judged.
 
-Trials that are measured are in the database, in a row each. Plans that were only judged are many,
-and a database row costs a good part of the judging: they are lines of a file.
+Trials that are measured are in the study, in a row each. Plans that were only judged are many, and
+a row costs a good part of the judging: they are lines of a file.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.storages import RDBStorage
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy import event
 
 from autocompress.errors import RunFolderError
-
-STUDY_NAME = "autocompress"
+from autocompress.search.storage import Storage, open_storage
 
 
 @final
 class TrialRecord:
-    """The Optuna database of a run: every measured trial once, on disk when a call returns.
+    """The study of a run: every measured trial once, kept when a call returns.
 
     Args:
-        database: path of the SQLite file, made if missing.
+        storage: where it is; made if missing.
         directions: one per objective.
 
     Raises:
-        RunFolderError: the file is no study.
+        RunFolderError: there is no study to be had.
     """
 
-    def __init__(self, database: Path, directions: Sequence[StudyDirection]) -> None:
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
+    def __init__(self, storage: Storage, directions: Sequence[StudyDirection]) -> None:
+        self._storage = open_storage(storage.place)
+        self._patience = storage.patience
         try:
-            self._storage = RDBStorage(
-                f"sqlite:///{database}", engine_kwargs={"connect_args": {"timeout": 60}}
-            )
-            event.listen(self._storage.engine, "connect", _write_ahead)
-            # Connections that were opened before do not write ahead.
-            self._storage.engine.dispose()
             study = optuna.create_study(
-                study_name=STUDY_NAME,
+                study_name=storage.place.study,
                 storage=self._storage,
                 directions=directions,
                 load_if_exists=True,
             )
         except Exception as cause:
-            # Whatever the database layer raises, the file cannot serve as a study.
+            # Whatever the database layer raises, it cannot serve as a study.
             raise RunFolderError(
                 f"The study cannot be opened: {cause}",
-                given=database,
+                given=storage.place.shown,
                 advice="give another folder with --run",
             ) from cause
         self._study_id = study._study_id
@@ -76,7 +70,8 @@ class TrialRecord:
             distributions=dict(distributions),
             user_attrs=dict(user_attrs),
         )
-        return self._storage.create_new_trial(self._study_id, template)
+        # Begun twice, if an answer was lost, it is taken for interrupted and does no harm.
+        return self._patience(lambda: self._storage.create_new_trial(self._study_id, template))
 
     def finish(
         self,
@@ -87,14 +82,15 @@ class TrialRecord:
     ) -> None:
         """Note how a trial ended; first what is known of it, then its end."""
         for key, value in user_attrs.items():
-            self._storage.set_trial_user_attr(trial_id, key, value)
-        self._storage.set_trial_state_values(trial_id, state, values)
+            self._patience(partial(self._storage.set_trial_user_attr, trial_id, key, value))
+        self._patience(partial(self._end, trial_id, state, values))
 
-
-def _write_ahead(connection: Any, _: object) -> None:
-    # A commit then survives a kill of this process without waiting for the disk.
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
+    def _end(self, trial_id: int, state: TrialState, values: Sequence[float] | None) -> None:
+        try:
+            self._storage.set_trial_state_values(trial_id, state, values)
+        except UpdateFinishedTrialError:
+            # Of an earlier attempt only the answer was lost.
+            return
 
 
 @final

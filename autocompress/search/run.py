@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import final
 
 from optuna.trial import FrozenTrial
 
+from autocompress.device import DeviceProfile
 from autocompress.errors import SearchError
 from autocompress.evaluate import Evaluation, Evaluator, Extras
 from autocompress.files import write_json
+from autocompress.measure.host import host_of
+from autocompress.measure.host_interface import Host
+from autocompress.search.agenda import Outcome
 from autocompress.search.budget import Budget
 from autocompress.search.columns import STOCK_INT8
 from autocompress.search.context import SearchContext
-from autocompress.search.explore import Explorer, Outcome, beside_the_device
+from autocompress.search.engines import Engine, Exploring, LocalEngine
 from autocompress.search.finals import choose_finalists
 from autocompress.search.front import Front, build_front
-from autocompress.search.judge import Judge, Sample, expected_excess
+from autocompress.search.judge import expected_excess
 from autocompress.search.judging import Judging
 from autocompress.search.kept_models import keep_source
 from autocompress.search.limits import parse_limits, satisfied, violations
@@ -31,9 +36,9 @@ from autocompress.search.progress import Progress, Silent
 from autocompress.search.references import measure_references
 from autocompress.search.samplers import SamplerContext
 from autocompress.search.starting import Start, find_start, guessed_start, refine_seeds
+from autocompress.search.storage import Patience, Storage, settle
 from autocompress.search.study import RUNTIME, VIOLATIONS, Sampling, Study
 from autocompress.search.time_plan import Demand, Phase, TimePlan
-from autocompress.search.training import SurvivorTraining
 
 # The front's file is written anew at least so often while points come in that are not on it.
 _WRITE_EVERY_S = 10.0
@@ -51,24 +56,55 @@ def run_search(path: Path, options: Options, progress: Progress | None = None) -
     """
     progress = progress or Silent()
     begin = time.monotonic()
-    prepared = prepare(path, options, progress)
-    set_up_s = time.monotonic() - begin - prepared.workload_s
-    settings = prepared.experiment.search
-    budget = Budget(settings.trials, settings.time_s, prepared.folder.seconds_spent() + set_up_s)
-    with prepared.folder.claim(prepared.identity):
-        keep_source(prepared.folder.path, path)
+    with ExitStack() as stack:
+        engine, find_host = _engine(options, progress, stack)
+        prepared = prepare(path, options, progress, find_host)
+        set_up_s = time.monotonic() - begin - prepared.workload_s
+        settings, run = prepared.experiment.search, prepared.folder
+        budget = Budget(settings.trials, settings.time_s, run.seconds_spent() + set_up_s)
+        stack.enter_context(run.claim(prepared.identity))
+        keep_source(run.path, path)
+        storage = Storage(
+            settle(run.path, options.storage, progress.note), Patience(note=progress.note)
+        )
         prepared = keep_paying_levels(prepared, progress)
         bank = fill_bank(prepared, progress)
-        builder = builder_of(prepared, bank)
-        folder = prepared.folder.path
-        with (
+        evaluator = stack.enter_context(
             Evaluator(
-                prepared.workload, builder, prepared.profile, folder, _extras(prepared)
-            ) as evaluator,
-            ThreadPoolExecutor(1, "device") as device,
-        ):
-            context = SearchContext(prepared, bank, evaluator, device, budget, progress)
-            return _Search(context).run()
+                prepared.workload,
+                builder_of(prepared, bank),
+                prepared.device,
+                run.path,
+                _extras(prepared),
+            )
+        )
+        device = stack.enter_context(ThreadPoolExecutor(1, "device"))
+        context = SearchContext(prepared, bank, evaluator, device, budget, progress)
+        return _Search(context, engine(), storage).run()
+
+
+def _engine(
+    options: Options, progress: Progress, stack: ExitStack
+) -> tuple[Callable[[], Engine], Callable[[DeviceProfile], Host]]:
+    """What works the search off, once the device is known, and where the device is.
+
+    Args:
+        stack: leaves a cluster when the search ends.
+    """
+    if options.engine == "local":
+        return LocalEngine, host_of
+    # Imported here: Ray takes seconds to import.
+    from autocompress.search.cluster.connect import Cluster, joined
+    from autocompress.search.cluster.engine import ClusterEngine
+
+    clusters: list[Cluster] = []
+
+    def find_host(profile: DeviceProfile) -> Host:
+        progress.stage("join cluster")
+        clusters.append(stack.enter_context(joined(options.address, profile, progress.note)))
+        return clusters[0].nodes[0].host
+
+    return (lambda: ClusterEngine(clusters[0], options.artifacts)), find_host
 
 
 def _extras(prepared: Prepared) -> Extras:
@@ -86,8 +122,8 @@ def _extras(prepared: Prepared) -> Extras:
 class _Search:
     """The stages after preparation: reference points, seeds, search, survivors, judging."""
 
-    def __init__(self, context: SearchContext) -> None:
-        self._context, self._budget = context, context.budget
+    def __init__(self, context: SearchContext, engine: Engine, storage: Storage) -> None:
+        self._context, self._budget, self._engine = context, context.budget, engine
         self._limits = parse_limits(context.settings.limits)
         sampling = Sampling(
             context.settings.sampler, context.settings.seed, _sampler_context(len(self._limits))
@@ -98,6 +134,7 @@ class _Search:
             context.prepared.profile,
             context.objectives,
             sampling,
+            storage,
         )
         self._references: list[Evaluation] = []
         self._judged: list[Evaluation] = []
@@ -142,9 +179,6 @@ class _Search:
         """Find seeds, then search until the time or the trials are used up."""
         original = self._references[0]
         start = self._start()
-        builder = self._context.evaluator.builder
-        workload, seed = self._context.prepared.workload, self._context.settings.seed
-        sample = Sample(workload, builder, seed)
         outcome = Outcome(
             self._allowed,
             self._finished_one,
@@ -152,27 +186,25 @@ class _Search:
             lambda: self._budget.spent_s,
             lambda estimates: expected_excess(self._limits, estimates, original),
         )
-        explorer = Explorer(
-            self._context,
-            self._study,
-            Judge(sample, builder.sample_inputs, self._context.objectives, original),
-            start.costs,
-            original,
-            outcome,
-        )
         for evaluation in self._study.evaluations:
             if evaluation.candidate not in self._study.trained:
                 start.costs.observe(self._study.indices_of(evaluation.candidate), evaluation)
         limit_s = self._seconds_until("search")
         self._context.progress.stage("search", self._budget.trials, limit_s=limit_s)
         self._context.progress.advance(self._study.finished)
-        cores = self._context.evaluator.worker.cores
-        with beside_the_device(self._context.prepared.profile, cores):
-            refine_seeds(self._context, self._study, start, explorer.keep_busy, self._search_over)
-            explorer.run()
-        if explorer.judged:
+        exploring = Exploring(
+            self._study,
+            start.costs,
+            original,
+            outcome,
+            lambda keep_busy: refine_seeds(
+                self._context, self._study, start, keep_busy, self._search_over
+            ),
+        )
+        judged = self._engine.explore(self._context, exploring)
+        if judged:
             self._context.progress.note(
-                f"{explorer.judged} plans were judged on a sample; in all "
+                f"{judged} plans were judged on a sample; in all "
                 f"{self._study.finished} were built and measured"
             )
         self._plan = self._plan.after("search", self._budget.spent_s)
@@ -212,10 +244,13 @@ class _Search:
         seconds = self._plan.seconds("survivors")
         # Without a time limit nothing says how long to train.
         if seconds and self._demand().trains:
-            training = SurvivorTraining(
-                self._context, self._study, self._references[0], lambda: self._show(write=True)
+            self._engine.train(
+                self._context,
+                self._study,
+                self._references[0],
+                lambda: self._show(write=True),
+                seconds,
             )
-            training.run(seconds)
             self._plan = self._plan.after("survivors", self._budget.spent_s)
 
     def _nothing_found(self) -> SearchError:

@@ -131,11 +131,6 @@ class RunFolder:
         write_whole(self.path / _EXPERIMENT, text.encode())
 
     @property
-    def database(self) -> Path:
-        """The study's SQLite file."""
-        return self.path / "study.sqlite3"
-
-    @property
     def bank(self) -> Path:
         """The folder of calibration statistics and solved variants."""
         return self.path / "bank"

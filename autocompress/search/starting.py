@@ -63,7 +63,8 @@ def find_latency(context: SearchContext) -> dict[str, FactoredSum]:
     profile = quick_profile(prepared.profile)
     batch = read_arrays(context.evaluator.example)
     found = {}
-    with Worker(profile, prepared.folder.path / "scratch") as worker:
+    scratch = prepared.folder.path / "scratch"
+    with Worker(profile, scratch, prepared.device.host) as worker:
         for number, name in enumerate(profile.runtime_names):
             folder = prepared.folder.path / "costs" / str(number)
             folder.mkdir(parents=True, exist_ok=True)

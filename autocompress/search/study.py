@@ -29,6 +29,7 @@ from autocompress.search.front import MAXIMISE, front_mask, objective_values
 from autocompress.search.record import JudgedLog, TrialRecord
 from autocompress.search.samplers import SamplerContext, make_sampler
 from autocompress.search.space import Space
+from autocompress.search.storage import Storage, storage_of
 
 EVALUATION = "evaluation"
 FINISHED_S = "finished_s"
@@ -81,11 +82,12 @@ class Study:
     """Proposes plans and keeps what came of them.
 
     Args:
-        folder: the run folder; holds the database and the log of judged plans.
+        folder: the run folder; holds the log of judged plans.
         space: what may be chosen.
         profile: the device; with several runtimes each trial chooses one.
         objectives: what is optimised.
         sampling: the sampler.
+        storage: of the trials; None for where the folder has it.
 
     Raises:
         RunFolderError: the database is no study.
@@ -98,12 +100,13 @@ class Study:
         profile: DeviceProfile,
         objectives: Sequence[Objective],
         sampling: Sampling,
+        storage: Storage | None = None,
     ) -> None:
         directions = [
             StudyDirection.MAXIMIZE if MAXIMISE[name] else StudyDirection.MINIMIZE
             for name in objectives
         ]
-        self._record = TrialRecord(folder / "study.sqlite3", directions)
+        self._record = TrialRecord(storage or storage_of(folder), directions)
         self._log = JudgedLog(folder / "judged.jsonl")
         self._study = optuna.create_study(directions=directions)
         self._space = space

@@ -27,7 +27,8 @@ from autocompress.search.survivors import (
     shapes_for,
 )
 
-_FILE = "survivors.json"
+# What a run folder keeps of how the rounds went.
+REPORTS = "survivors.json"
 
 
 @final
@@ -78,7 +79,7 @@ class SurvivorTraining:
             if not whole or not trained:
                 break
             shapes = halve(trained, self._context.objectives)
-        write_json(self._context.folder.path / _FILE, [asdict(report) for report in reports])
+        write_json(self._context.folder.path / REPORTS, [asdict(report) for report in reports])
         for report in reports:
             if report.trained:
                 self._context.progress.note(report.text())

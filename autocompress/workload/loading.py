@@ -13,6 +13,9 @@ from types import ModuleType
 from autocompress.errors import AutocompressError, WorkloadError
 from autocompress.workload.types import Workload, describe
 
+# Names of modules that users' files are imported as begin so.
+WORKLOAD_PREFIX = "_workload_"
+
 
 def load_workload(spec: str, near: Path | None = None) -> Workload:
     """Call the user's function that returns a workload.
@@ -72,7 +75,7 @@ def _importable(folder: Path) -> Iterator[None]:
 
 def _import_file(path: Path) -> ModuleType:
     # A hash of the path keeps two files of the same name apart, and apart from installed modules.
-    name = f"_workload_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    name = f"{WORKLOAD_PREFIX}{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise WorkloadError("The workload's file cannot be imported.", given=path)

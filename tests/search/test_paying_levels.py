@@ -74,7 +74,7 @@ def test_what_was_decided_stays_though_the_table_changes(claimed, monkeypatch):
 
 def test_a_study_that_was_begun_keeps_its_space(claimed, monkeypatch):
     with_table(monkeypatch)
-    claimed.folder.database.write_bytes(b"")
+    (claimed.folder.path / "study.sqlite3").write_bytes(b"")
     assert keep_paying_levels(claimed, Silent()).space == claimed.space
 
 

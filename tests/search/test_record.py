@@ -15,6 +15,7 @@ from autocompress.errors import RunFolderError
 from autocompress.search.history import read_history
 from autocompress.search.record import JudgedLog, TrialRecord
 from autocompress.search.space import Parameter, Space
+from autocompress.search.storage import storage_of
 from autocompress.search.study import Sampling, Study
 from autocompress.techniques import Stage
 from autocompress.techniques.filter_prune import FilterPrune
@@ -38,13 +39,12 @@ def begin(record: TrialRecord, value: int) -> int:
 
 
 def test_trials_are_read_back_in_the_order_in_which_they_were_begun(tmp_path: Path) -> None:
-    database = tmp_path / "study.sqlite3"
-    record = TrialRecord(database, DIRECTIONS)
+    record = TrialRecord(storage_of(tmp_path), DIRECTIONS)
     ids = [begin(record, value) for value in (4, 2, 7)]
     record.finish(ids[1], TrialState.COMPLETE, [0.9, 0.5], {"evaluation": "text"})
     record.finish(ids[0], TrialState.FAIL, None, {"failure": "it does not export"})
     # Another object, as after a kill.
-    trials = TrialRecord(database, DIRECTIONS).trials()
+    trials = TrialRecord(storage_of(tmp_path), DIRECTIONS).trials()
     assert [t.user_attrs["candidate"] for t in trials] == ["c4", "c2", "c7"]
     assert [t.params for t in trials] == [{"p": 4}, {"p": 2}, {"p": 7}]
     assert [t.state for t in trials] == [
@@ -57,10 +57,9 @@ def test_trials_are_read_back_in_the_order_in_which_they_were_begun(tmp_path: Pa
 
 def test_the_database_writes_ahead(tmp_path: Path) -> None:
     """Every connection of the record has it: a commit does not wait for the disk."""
-    database = tmp_path / "study.sqlite3"
-    record = TrialRecord(database, DIRECTIONS)
+    record = TrialRecord(storage_of(tmp_path), DIRECTIONS)
     begin(record, 1)
-    with sqlite3.connect(database) as connection:
+    with sqlite3.connect(tmp_path / "study.sqlite3") as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     with record._storage.engine.connect() as own:
         raw: Any = own.connection
@@ -69,13 +68,13 @@ def test_the_database_writes_ahead(tmp_path: Path) -> None:
 
 def test_a_finished_trial_is_on_disk_though_nothing_is_closed(tmp_path: Path) -> None:
     """What a kill leaves: the files as they are while the record is open."""
-    record = TrialRecord(tmp_path / "study.sqlite3", DIRECTIONS)
+    record = TrialRecord(storage_of(tmp_path), DIRECTIONS)
     record.finish(begin(record, 3), TrialState.COMPLETE, [0.9, 0.5], {})
     copy = tmp_path / "copy"
     copy.mkdir()
     for file in tmp_path.glob("study.sqlite3*"):
         (copy / file.name).write_bytes(file.read_bytes())
-    (trial,) = TrialRecord(copy / "study.sqlite3", DIRECTIONS).trials()
+    (trial,) = TrialRecord(storage_of(copy), DIRECTIONS).trials()
     assert trial.state == TrialState.COMPLETE
     assert trial.values == [0.9, 0.5]
 
@@ -83,8 +82,8 @@ def test_a_finished_trial_is_on_disk_though_nothing_is_closed(tmp_path: Path) ->
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "study.sqlite3").write_bytes(b"no database" * 500)
     with pytest.raises(RunFolderError, match="cannot be opened"):
-        TrialRecord(tmp_path / "study.sqlite3", DIRECTIONS)
-    with pytest.raises(RunFolderError, match="cannot be read"):
+        TrialRecord(storage_of(tmp_path), DIRECTIONS)
+    with pytest.raises(RunFolderError, match="cannot be opened"):
         read_history(tmp_path)
 
 

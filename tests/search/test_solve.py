@@ -23,6 +23,7 @@ from autocompress.search.run_folder import RunFolder
 from autocompress.search.solve import solve, solved_path
 from autocompress.search.solve_limits import Limits
 from autocompress.search.space import Parameter, Space
+from autocompress.search.storage import storage_of
 from autocompress.search.study import EVALUATION
 from autocompress.techniques import NETWORK, Stage
 from autocompress.techniques.filter_prune import FilterPrune
@@ -109,7 +110,7 @@ def run(tmp_path_factory, make_evaluation):
     trained = Plan((*plain.steps, Step(NETWORK, Recover(epochs=1.0))))
     found.append(make_evaluation("trained", 0.899, 4.0, plan=trained))
     directions = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]
-    record = TrialRecord(folder / "study.sqlite3", directions)
+    record = TrialRecord(storage_of(folder), directions)
     for evaluation in found:
         number = record.begin({}, {}, {"candidate": evaluation.candidate})
         values = [evaluation.metric.value, 1 / evaluation.speedup.value]
@@ -244,7 +245,7 @@ def test_limits_that_exclude_each_other_say_what_each_can_be(run, tmp_path, make
     folder = tmp_path / "run"
     shutil.copytree(run[0], folder)
     (folder / "study.sqlite3").unlink()
-    TrialRecord(folder / "study.sqlite3", [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE])
+    TrialRecord(storage_of(folder), [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE])
     slow = CostModels(
         {FIRST: CorrectedCost(pairs(0.1, 0.15, 3.0))}, {"file_bytes": CorrectedCost(BYTES)}, 1.0
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -250,6 +251,8 @@ def _check_precision(core: Any, settings: RuntimeSettings) -> None:
 
 
 def _import_openvino(settings: RuntimeSettings) -> Any:
+    # It sends usage statistics from a fork of this process, which hangs where there is no network.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         import openvino
     except ImportError as cause:

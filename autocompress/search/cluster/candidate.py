@@ -1,0 +1,85 @@
+"""A candidate as a trial of Ray Tune, and what judges plans beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import ray
+from ray import ObjectRef, tune
+
+from autocompress.plan import Plan
+from autocompress.search.cluster.workshop import (
+    Failure,
+    Workshop,
+    guarded,
+    workshop_of,
+)
+from autocompress.search.judge import Seen
+from autocompress.techniques import read_plan
+
+# Keys of a trial's configuration and of its result.
+TASK, PLAN, RUNTIME, NODE = "task", "plan", "runtime", "node"
+FIGURES, FAILURE = "figures", "failure"
+
+
+@final
+@dataclass(frozen=True)
+class SharedReference:
+    """Where in Ray's object store a search's `Shared` lies."""
+
+    token: str
+    reference: ObjectRef
+
+    def workshop(self) -> Workshop:
+        """This process's workshop, made once."""
+        return workshop_of(self.token, lambda: ray.get(self.reference))
+
+
+@final
+class Candidate(tune.Trainable):  # type: ignore[misc]  # Ray has no types
+    """Builds a plan's file and has it measured; one step, one result.
+
+    A worker that dies has Tune start the trial again elsewhere. What is the plan's own fault comes
+    back as a result, and is not tried again.
+    """
+
+    def setup(self, config: Mapping[str, Any], shared: SharedReference | None = None) -> None:
+        """Take a trial's configuration; see `step`."""
+        assert shared is not None
+        self._shared, self._config = shared, dict(config)
+
+    def reset_config(self, new_config: Mapping[str, Any]) -> bool:
+        """Workers are used again: making one takes seconds."""
+        self._config = dict(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """The figures of the candidate, or why it has none."""
+        workshop = self._shared.workshop()
+        plan, runtime = read_plan(self._config[PLAN]), self._config[RUNTIME]
+        found = guarded(lambda: workshop.measure(plan, runtime, self._config[NODE]))
+        if isinstance(found, Failure):
+            return {"done": True, FAILURE: found.reason}
+        return {"done": True, FIGURES: json.dumps(found.to_dict())}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Nothing: a candidate is built anew in less time than a checkpoint takes."""
+        return {}
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing was kept."""
+
+
+@final
+class PlanJudge:
+    """An actor that runs plans' networks on the sample that they are judged on."""
+
+    def __init__(self, shared: SharedReference) -> None:
+        self._workshop = shared.workshop()
+
+    def look(self, plan: Plan) -> tuple[Seen, ...] | Failure:
+        """What the plan's network makes of the samples, or why it cannot be made."""
+        return guarded(lambda: self._workshop.look(plan))

@@ -1,0 +1,177 @@
+"""A Ray cluster, joined or started here, and the nodes in it that carry a device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, final
+
+import ray
+from ray.actor import ActorHandle
+
+from autocompress.device import DeviceProfile, Fingerprint, make_fingerprint, usable_cores
+from autocompress.device.facts import differences
+from autocompress.errors import ConfigError, DeviceError
+from autocompress.search.cluster.device_node import DeviceNode
+from autocompress.search.cluster.node_host import NodeHost
+
+_VARIABLES = {
+    # Tune would write every result three times more; the study is what is kept.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # The study is the truth: Tune's own snapshots are never read.
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "-1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+@final
+@dataclass(frozen=True)
+class Node:
+    """A node that measures: its actor, and the host that speaks to it."""
+
+    actor: ActorHandle
+    host: NodeHost
+
+
+@final
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster that was joined.
+
+    Attributes:
+        nodes: those that carry the device, all with the same fingerprint; at least one.
+        cpus: of all nodes together, as Ray counts them.
+        started_here: whether it is this machine alone, and ends with this process.
+        resource: what the nodes carry.
+    """
+
+    nodes: tuple[Node, ...]
+    cpus: float
+    started_here: bool
+    resource: str
+
+    def away(self) -> int:
+        """How many of the nodes that measure the cluster lacks at present."""
+        present = int(ray.cluster_resources().get(self.resource, 0))
+        return max(0, len(self.nodes) - present)
+
+
+def resource_of(profile: DeviceProfile) -> str:
+    """The resource that a node with a profile's device carries."""
+    return f"device:{profile.name}"
+
+
+@contextmanager
+def joined(
+    address: str | None, profile: DeviceProfile, note: Callable[[str], None]
+) -> Iterator[Cluster]:
+    """Join a cluster, or start one on this machine, and find the device in it.
+
+    Args:
+        address: of the cluster's head, `auto` for the one that runs on this machine, or None to
+            start one here that ends with the block.
+        note: told of nodes that are left out.
+
+    Raises:
+        ConfigError: there is no cluster at the address.
+        DeviceError: no node carries the device, or none that can be used.
+    """
+    for name, value in _VARIABLES.items():
+        os.environ.setdefault(name, value)
+    _init(address, profile)
+    try:
+        resources = ray.cluster_resources()
+        count = int(resources.get(resource_of(profile), 0))
+        if count < 1:
+            raise _no_device(profile, resources)
+        nodes = _nodes(profile, count, note)
+        try:
+            cpus = float(resources.get("CPU", 0.0))
+            yield Cluster(nodes, cpus, address is None, resource_of(profile))
+        finally:
+            for node in nodes:
+                _close(node.actor)
+    finally:
+        ray.shutdown()
+
+
+def _init(address: str | None, profile: DeviceProfile) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    if address is None:
+        ray.init(
+            num_cpus=len(usable_cores()),
+            resources={resource_of(profile): 1},
+            include_dashboard=False,
+            **quiet,
+        )
+        return
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as cause:
+        raise ConfigError(
+            f"The cluster cannot be joined: {cause}",
+            given=address,
+            allowed="HOST:PORT of a head node, or auto for the cluster that this machine is in",
+            advice="start one with `ray start --head`, or leave --address out to use this machine",
+        ) from cause
+
+
+def _nodes(profile: DeviceProfile, count: int, note: Callable[[str], None]) -> tuple[Node, ...]:
+    """Actors on all nodes that carry the device and are like the first one."""
+    actor_class = ray.remote(DeviceNode)
+    # Whatever befalls the node or the actor, it comes back where the device does.
+    options = actor_class.options(
+        num_cpus=0, resources={resource_of(profile): 1}, max_restarts=-1, max_task_retries=0
+    )
+    actors = [options.remote(profile.model_dump_json()) for _ in range(count)]
+    found: list[tuple[Node, Fingerprint]] = []
+    refused: list[DeviceError] = []
+    with TemporaryDirectory() as scratch:
+        for actor in actors:
+            host = NodeHost(actor)
+            try:
+                fingerprint = make_fingerprint(profile, host.facts(Path(scratch)))
+            except DeviceError as reason:
+                refused.append(reason)
+                _close(actor)
+                continue
+            found.append((Node(actor, host), fingerprint))
+    if not found:
+        raise refused[0]
+    first = found[0][1]
+    alike: list[Node] = []
+    for node, fingerprint in found:
+        if fingerprint == first:
+            alike.append(node)
+            continue
+        _close(node.actor)
+        what = "; ".join(differences(first, fingerprint)) or "the runtimes' versions"
+        note(f"a node with {resource_of(profile)} is left out, it differs from the first: {what}")
+    for reason in refused:
+        note(f"a node with {resource_of(profile)} is left out: {reason.what}")
+    return tuple(alike)
+
+
+def _close(actor: ActorHandle) -> None:
+    # Its children end with it.
+    actor.close.remote()
+    ray.kill(actor)
+
+
+def _no_device(profile: DeviceProfile, resources: Mapping[str, float]) -> DeviceError:
+    others = sorted(name for name in resources if name.startswith("device:"))
+    return DeviceError(
+        "No node of the cluster carries the device.",
+        given=f"{resource_of(profile)}; the cluster has {', '.join(others) or 'no device'}",
+        allowed="a node that was started with the resource",
+        advice=(
+            "on the device: ray start --address=HEAD:6379 "
+            f"--resources='{{\"{resource_of(profile)}\": 1}}'"
+        ),
+    )

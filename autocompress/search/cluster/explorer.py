@@ -1,0 +1,271 @@
+"""The search on a cluster: the same agenda as on one machine, worked off by Ray Tune.
+
+Trials of Tune are candidates that are built and measured. Further actors judge plans meanwhile, so
+that the most promising ones are measured.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from typing import Any, final
+
+import ray
+from ray import ObjectRef, tune
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+
+from autocompress.evaluate import Evaluation
+from autocompress.search.agenda import Agenda, Task
+from autocompress.search.cluster.candidate import (
+    FAILURE,
+    FIGURES,
+    NODE,
+    PLAN,
+    RUNTIME,
+    TASK,
+    Candidate,
+    PlanJudge,
+    SharedReference,
+)
+from autocompress.search.cluster.connect import Cluster
+from autocompress.search.cluster.study_search import FINISHED, Pump, StudySearch
+from autocompress.search.cluster.workshop import Failure
+from autocompress.search.study import Proposal
+
+# Candidates under way for each node that measures: one is built while another one is measured.
+_AHEAD = 2
+# Plans that wait at each judging actor, so that it is never idle.
+_QUEUED = 2
+# A candidate whose workers died so often is set aside.
+MOST_LOST = 3
+_AWAY_NOTE_S = 10.0
+
+
+@final
+@dataclass(frozen=True)
+class Crew:
+    """How a cluster's CPUs are shared out.
+
+    Attributes:
+        judges: actors that judge, of one CPU each.
+        trials: candidates under way at a time.
+        trial_cpus: of each; below 1 where there are few CPUs, for they mostly wait.
+    """
+
+    judges: int
+    trials: int
+    trial_cpus: float
+
+    @staticmethod
+    def of(cpus: float, nodes: int) -> Crew:
+        """For a cluster of so many CPUs and nodes that measure."""
+        trials = _AHEAD * nodes
+        judges = max(1, int(cpus) - trials)
+        left = max(cpus - judges, 0.0)
+        return Crew(judges, trials, min(1.0, max(left / trials, 0.05)))
+
+
+@final
+@dataclass
+class _Look:
+    """A plan that is being judged."""
+
+    proposal: Proposal
+    judge: ActorHandle | None = None
+    lost: int = 0
+
+
+@final
+class ClusterExplorer:
+    """Keeps the devices of a cluster busy with the most promising plans.
+
+    Args:
+        agenda: says what is next.
+        cluster: where it is done.
+        shared: what the processes of the cluster need.
+        objectives: `max` or `min` of each by its name.
+        bring: called with a measured candidate's evaluation before it counts; fetches its files.
+        note: told of what must not be missed.
+    """
+
+    def __init__(
+        self,
+        agenda: Agenda,
+        cluster: Cluster,
+        shared: SharedReference,
+        objectives: Mapping[str, str],
+        bring: Callable[[Evaluation], None],
+        note: Callable[[str], None],
+    ) -> None:
+        self._agenda, self._cluster, self._shared = agenda, cluster, shared
+        self._objectives, self._bring, self._note = objectives, bring, note
+        self._crew = Crew.of(cluster.cpus, len(cluster.nodes))
+        self._judges: list[ActorHandle] = []
+        self._looks: dict[ObjectRef, _Look] = {}
+        self._again: deque[_Look] = deque()
+        self._tasks: dict[str, tuple[Task, int]] = {}
+        self._error: BaseException | None = None
+        self._seen_s = time.monotonic()
+        self._away = False
+
+    @property
+    def judged(self) -> int:
+        """How many plans were judged so far by this object."""
+        return self._agenda.judged_plans
+
+    def run(self) -> None:
+        """Search until nothing is allowed any more or no new plan is found.
+
+        Raises:
+            SearchError: too many candidates failed in a row.
+        """
+        self._judges = [self._new_judge() for _ in range(self._crew.judges)]
+        trainable = tune.with_resources(
+            tune.with_parameters(Candidate, shared=self._shared), {"cpu": self._crew.trial_cpus}
+        )
+        try:
+            with TemporaryDirectory(prefix="autocompress-tune-") as folder:
+                tune.Tuner(
+                    trainable,
+                    tune_config=tune.TuneConfig(
+                        search_alg=StudySearch(self, self._objectives),
+                        num_samples=-1,
+                        reuse_actors=True,
+                    ),
+                    run_config=tune.RunConfig(
+                        name="search",
+                        storage_path=folder,
+                        failure_config=tune.FailureConfig(max_failures=MOST_LOST),
+                        callbacks=[Pump(self.pump)],
+                        verbose=0,
+                    ),
+                ).fit()
+        finally:
+            for judge in self._judges:
+                ray.kill(judge)
+        if self._error is not None:
+            raise self._error
+        self._agenda.close()
+
+    # --- what Tune asks
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """See `TrialSource.suggest`."""
+        return self._kept(lambda: self._suggest(trial_id))
+
+    def complete(self, trial_id: str, result: Mapping[str, Any] | None, error: bool) -> None:
+        """See `TrialSource.complete`."""
+        self._kept(lambda: self._complete(trial_id, result, error))
+
+    def pump(self) -> None:
+        """Take in what was judged, and hand out what is to be judged."""
+        self._kept(self._pump)
+
+    def _kept(self, call: Callable[[], Any]) -> Any:
+        """What a call returns; its error ends the search and is raised by `run`, not by Tune."""
+        if self._error is not None:
+            return FINISHED
+        try:
+            return call()
+        except BaseException as error:
+            self._error = error
+            return FINISHED
+
+    def _suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        self._pump()
+        if len(self._tasks) >= self._crew.trials:
+            return None
+        task = self._agenda.next_to_build()
+        if task is None:
+            done = self._agenda.over and not self._looks and not self._again
+            return FINISHED if done else None
+        node = self._least_busy()
+        self._tasks[trial_id] = (task, node)
+        return {
+            TASK: task.proposal.number,
+            PLAN: task.proposal.plan.to_rows(),
+            RUNTIME: task.proposal.runtime,
+            NODE: node,
+        }
+
+    def _complete(self, trial_id: str, result: Mapping[str, Any] | None, error: bool) -> None:
+        task, _ = self._tasks.pop(trial_id)
+        if result and FIGURES in result:
+            evaluation = Evaluation.from_dict(json.loads(result[FIGURES]))
+            self._bring(evaluation)
+            self._agenda.measured(task, evaluation)
+        elif result and FAILURE in result:
+            self._agenda.failed(task, result[FAILURE])
+        elif error:
+            lost = f"the workers that tried it were lost {MOST_LOST + 1} times"
+            self._agenda.failed(task, lost)
+        # Else it was stopped: its trial stays open in the study and is tried again.
+
+    def _least_busy(self) -> int:
+        busy = [node for _, node in self._tasks.values()]
+        return min(range(len(self._cluster.nodes)), key=busy.count)
+
+    # --- judging
+
+    def _pump(self) -> None:
+        self._watch_devices()
+        if self._looks:
+            ready, _ = ray.wait(list(self._looks), num_returns=len(self._looks), timeout=0)
+            for reference in ready:
+                self._take_in(reference, self._looks.pop(reference))
+        while len(self._looks) < _QUEUED * len(self._judges):
+            if self._again:
+                self._hand_out(self._again.popleft())
+                continue
+            proposal = self._agenda.next_to_judge()
+            if proposal is None:
+                break
+            self._hand_out(_Look(proposal))
+
+    def _hand_out(self, look: _Look) -> None:
+        queued = [other.judge for other in self._looks.values()]
+        look.judge = min(self._judges, key=queued.count)
+        reference = look.judge.look.remote(look.proposal.plan)
+        self._looks[reference] = look
+
+    def _take_in(self, reference: ObjectRef, look: _Look) -> None:
+        try:
+            seen = ray.get(reference)
+        except RayError as cause:
+            self._lost(look, cause)
+            return
+        if isinstance(seen, Failure):
+            self._agenda.unjudgeable(look.proposal, seen.reason)
+            return
+        self._agenda.judged(look.proposal, self._agenda.judge(look.proposal, seen))
+
+    def _lost(self, look: _Look, cause: RayError) -> None:
+        """Judge a plan anew whose actor died."""
+        if look.judge in self._judges:
+            self._judges[self._judges.index(look.judge)] = self._new_judge()
+        look.lost += 1
+        if look.lost > MOST_LOST:
+            reason = f"the workers that judged it were lost {look.lost} times: {cause}"
+            self._agenda.unjudgeable(look.proposal, reason)
+        else:
+            self._again.append(look)
+
+    def _new_judge(self) -> ActorHandle:
+        return ray.remote(PlanJudge).options(num_cpus=1).remote(self._shared)
+
+    def _watch_devices(self) -> None:
+        """Say so if the device is away: the search waits for it."""
+        if time.monotonic() - self._seen_s < _AWAY_NOTE_S:
+            return
+        self._seen_s = time.monotonic()
+        away = self._cluster.away()
+        if away and not self._away:
+            self._note(f"{away} of {len(self._cluster.nodes)} devices are away; waiting for them")
+        if self._away and not away:
+            self._note("all devices are back")
+        self._away = bool(away)
