@@ -117,7 +117,9 @@ def sweep(
     engine: Annotated[
         Literal["local", "ray"], typer.Option(help="This machine, or a Ray cluster.")
     ] = "local",
-    address: Annotated[str | None, typer.Option(help="The cluster's head, for --engine ray.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="The cluster's head, for --engine ray.")
+    ] = None,
 ) -> None:
     """Run a grid of searches and compare their fronts; interrupted, the same command goes on.
 

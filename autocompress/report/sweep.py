@@ -105,7 +105,9 @@ def sweep_parts(rows: Sequence[Row], failed: Sequence[Finished]) -> list[Rendera
             f"{row.covered:.0%}",
             f"{row.volume:.1%}",
             figures.ABSENT if np.isnan(row.speedup) else f"{figures.number(row.speedup)}x",
-            figures.ABSENT if np.isnan(row.download_bytes) else figures.byte_size(row.download_bytes),
+            figures.ABSENT
+            if np.isnan(row.download_bytes)
+            else figures.byte_size(row.download_bytes),
             f"{row.minutes:.1f}",
         )
     legend = (
@@ -194,9 +196,7 @@ def _group_rows(group: str, runs: Sequence[Finished]) -> list[Row]:
     return rows
 
 
-def _corner(
-    one: Finished, columns: Sequence[str], maximise: Sequence[bool]
-) -> NDArray[np.float64]:
+def _corner(one: Finished, columns: Sequence[str], maximise: Sequence[bool]) -> NDArray[np.float64]:
     """The original network, with a metric that lost a tenth."""
     frame = read_front(one.run)
     original = frame[frame["role"] == "original"][list(columns)].to_numpy(dtype=np.float64)[0]

@@ -70,7 +70,6 @@ class Agenda:
         costs: predicted costs; learns from what is measured.
         original: figures of the original network on the search split.
         outcome: limits, and whom to tell.
-        let_go: called with a judged plan that will not be built.
     """
 
     def __init__(
@@ -80,10 +79,9 @@ class Agenda:
         costs: CostModels,
         original: Evaluation,
         outcome: Outcome,
-        let_go: Callable[[Proposal], None] = lambda proposal: None,
     ) -> None:
         self._study, self._judge, self._costs = study, judge, costs
-        self._original, self._outcome, self._let_go = original, outcome, let_go
+        self._original, self._outcome = original, outcome
         self._pool = Pool(POOL)
         # Plans that a sample tells nothing about.
         self._unjudged: deque[Proposal] = deque()
@@ -100,6 +98,11 @@ class Agenda:
     def allowed(self) -> bool:
         """Whether another candidate may be begun."""
         return self._outcome.allowed(self._study.finished + self._under_way)
+
+    @property
+    def waiting(self) -> frozenset[str]:
+        """Names of judged candidates that may still be built."""
+        return frozenset(judged.proposal.candidate for judged in self._pool)
 
     @property
     def over(self) -> bool:
@@ -134,16 +137,15 @@ class Agenda:
         """Whether a plan is expected to lie beyond the front."""
         return not judgement.dominated and self._front_gain().of_estimates(judgement.estimates) > 0
 
-    def judged(self, proposal: Proposal, judgement: Judgement) -> bool:
-        """Take in a judgement; whether the plan may still be built."""
+    def judged(self, proposal: Proposal, judgement: Judgement) -> None:
+        """Take in a judgement."""
         self._judged += 1
         self._since_promising += 1
         self._study.keep_judgement(proposal, judgement.to_dict(), self._outcome.spent_s())
         if judgement.dominated:
             self._study.set_aside(proposal)
-            return False
-        self._pool.add(Judged(proposal, judgement))
-        return True
+        else:
+            self._pool.add(Judged(proposal, judgement))
 
     def next_to_build(self) -> Task | None:
         """The most promising candidate; None if none is ready or allowed."""
@@ -199,7 +201,7 @@ class Agenda:
     def close(self) -> None:
         """Set aside what still waits."""
         for judged in self._pool.clear():
-            self._set_aside(judged)
+            self._study.set_aside(judged.proposal)
 
     def _begun(self, task: Task) -> Task:
         self._study.start(task.proposal)
@@ -225,14 +227,10 @@ class Agenda:
             anything=impatient,
         )
         for judged in gone:
-            self._set_aside(judged)
+            self._study.set_aside(judged.proposal)
         if taken is not None:
             self._since_promising = 0
         return taken
-
-    def _set_aside(self, judged: Judged) -> None:
-        self._let_go(judged.proposal)
-        self._study.set_aside(judged.proposal)
 
 
 def reason_of(cause: Exception) -> str:

@@ -4,45 +4,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import final
 
 from autocompress.evaluate import Evaluation
-from autocompress.search.agenda import Outcome
+from autocompress.search.agenda import Agenda
 from autocompress.search.context import SearchContext
-from autocompress.search.costs.models import CostModels
 from autocompress.search.explore import Explorer, beside_the_device
 from autocompress.search.judge import Sample
 from autocompress.search.study import Study
 from autocompress.search.training import SurvivorTraining
 
-
-@final
-@dataclass(frozen=True)
-class Exploring:
-    """What an engine is given to search with.
-
-    Attributes:
-        study: proposes plans and keeps what came of them.
-        costs: predicted costs; learns from what is measured.
-        original: figures of the original network on the search split.
-        outcome: limits, and whom to tell.
-        refine: enqueues refined seeds; calls its argument between steps.
-    """
-
-    study: Study
-    costs: CostModels
-    original: Evaluation
-    outcome: Outcome
-    refine: Callable[[Callable[[], None]], None]
+# Enqueues refined seeds; calls its argument between steps.
+Refine = Callable[[Callable[[], None]], None]
 
 
 class Engine(ABC):
     """Works the stages off that take the time."""
 
     @abstractmethod
-    def explore(self, context: SearchContext, exploring: Exploring) -> int:
-        """Judge, build and measure candidates until the search is over; how many were judged.
+    def explore(self, context: SearchContext, agenda: Agenda, refine: Refine) -> None:
+        """Judge, build and measure candidates until the search is over.
 
         Raises:
             SearchError: too many candidates failed in a row.
@@ -65,21 +46,13 @@ class Engine(ABC):
 class LocalEngine(Engine):
     """This process, and one thread for the device."""
 
-    def explore(self, context: SearchContext, exploring: Exploring) -> int:
+    def explore(self, context: SearchContext, agenda: Agenda, refine: Refine) -> None:
         """See `Explorer`."""
-        seed = context.settings.seed
-        explorer = Explorer(
-            context,
-            exploring.study,
-            Sample(context.prepared.workload, context.evaluator.builder, seed),
-            exploring.costs,
-            exploring.original,
-            exploring.outcome,
-        )
+        builder, seed = context.evaluator.builder, context.settings.seed
+        explorer = Explorer(context, agenda, Sample(context.prepared.workload, builder, seed))
         with beside_the_device(context.prepared.device, context.evaluator.worker.cores):
-            exploring.refine(explorer.keep_busy)
+            refine(explorer.keep_busy)
             explorer.run()
-        return explorer.judged
 
     def train(
         self,

@@ -20,11 +20,9 @@ from torch import nn
 from autocompress.build import Stopwatch
 from autocompress.errors import DeviceError
 from autocompress.evaluate import Device, Evaluation
-from autocompress.search.agenda import POOL, Agenda, Outcome, Task, reason_of
+from autocompress.search.agenda import POOL, Agenda, Task, reason_of
 from autocompress.search.context import SearchContext
-from autocompress.search.costs.models import CostModels
-from autocompress.search.judge import Judge, Sample
-from autocompress.search.study import Proposal, Study
+from autocompress.search.judge import Sample
 
 # Built files that wait for the device: one, so that it is never idle.
 _AHEAD = 2
@@ -48,32 +46,14 @@ class Explorer:
 
     Args:
         context: builds and measures.
-        study: proposes plans and keeps what came of them.
+        agenda: says what is next.
         sample: what plans are judged on.
-        costs: predicted costs; learns from what is measured.
-        original: figures of the original network on the search split.
-        outcome: limits, and whom to tell.
     """
 
-    def __init__(
-        self,
-        context: SearchContext,
-        study: Study,
-        sample: Sample,
-        costs: CostModels,
-        original: Evaluation,
-        outcome: Outcome,
-    ) -> None:
-        self._context, self._sample = context, sample
-        judge = Judge(context.objectives, original)
-        self._agenda = Agenda(study, judge, costs, original, outcome, self._let_go)
+    def __init__(self, context: SearchContext, agenda: Agenda, sample: Sample) -> None:
+        self._context, self._agenda, self._sample = context, agenda, sample
         self._networks: dict[str, nn.Module] = {}
         self._under_way: deque[_UnderWay] = deque()
-
-    @property
-    def judged(self) -> int:
-        """How many plans were judged so far by this object."""
-        return self._agenda.judged_plans
 
     def run(self) -> None:
         """Search until nothing is allowed any more or no new plan is found.
@@ -91,6 +71,7 @@ class Explorer:
             elif self._under_way:
                 self._wait()
         self._agenda.close()
+        self._networks.clear()
 
     def keep_busy(self) -> None:
         """Take in what is finished, and build candidates that the device will need."""
@@ -118,12 +99,11 @@ class Explorer:
         except Exception as cause:
             self._agenda.unjudgeable(proposal, reason_of(cause), cause)
             return
-        kept = POOL * _bytes_of(tried.network) <= _POOL_BYTES
-        if self._agenda.judged(proposal, judgement) and kept:
+        self._agenda.judged(proposal, judgement)
+        if POOL * _bytes_of(tried.network) <= _POOL_BYTES:
             self._networks[proposal.candidate] = tried.network
-
-    def _let_go(self, proposal: Proposal) -> None:
-        self._networks.pop(proposal.candidate, None)
+        waiting = self._agenda.waiting
+        self._networks = {name: n for name, n in self._networks.items() if name in waiting}
 
     def _build(self, task: Task) -> None:
         proposal = task.proposal

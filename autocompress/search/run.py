@@ -19,14 +19,14 @@ from autocompress.evaluate import Evaluation, Evaluator, Extras
 from autocompress.files import write_json
 from autocompress.measure.host import host_of
 from autocompress.measure.host_interface import Host
-from autocompress.search.agenda import Outcome
+from autocompress.search.agenda import Agenda, Outcome
 from autocompress.search.budget import Budget
 from autocompress.search.columns import STOCK_INT8
 from autocompress.search.context import SearchContext
-from autocompress.search.engines import Engine, Exploring, LocalEngine
+from autocompress.search.engines import Engine, LocalEngine
 from autocompress.search.finals import choose_finalists
 from autocompress.search.front import Front, build_front
-from autocompress.search.judge import expected_excess
+from autocompress.search.judge import Judge, expected_excess
 from autocompress.search.judging import Judging
 from autocompress.search.kept_models import keep_source
 from autocompress.search.limits import parse_limits, satisfied, violations
@@ -192,19 +192,18 @@ class _Search:
         limit_s = self._seconds_until("search")
         self._context.progress.stage("search", self._budget.trials, limit_s=limit_s)
         self._context.progress.advance(self._study.finished)
-        exploring = Exploring(
-            self._study,
-            start.costs,
-            original,
-            outcome,
+        judge = Judge(self._context.objectives, original)
+        agenda = Agenda(self._study, judge, start.costs, original, outcome)
+        self._engine.explore(
+            self._context,
+            agenda,
             lambda keep_busy: refine_seeds(
                 self._context, self._study, start, keep_busy, self._search_over
             ),
         )
-        judged = self._engine.explore(self._context, exploring)
-        if judged:
+        if agenda.judged_plans:
             self._context.progress.note(
-                f"{judged} plans were judged on a sample; in all "
+                f"{agenda.judged_plans} plans were judged on a sample; in all "
                 f"{self._study.finished} were built and measured"
             )
         self._plan = self._plan.after("search", self._budget.spent_s)

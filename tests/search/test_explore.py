@@ -18,10 +18,12 @@ from torch import nn
 from autocompress.build import Tried
 from autocompress.device import load_profile
 from autocompress.errors import DeviceError, MeasurementError, PlanError, SearchError
-from autocompress.evaluate import Evaluation
+from autocompress.evaluate import Device, Evaluation
+from autocompress.measure.host import host_of
 from autocompress.plan import Plan
+from autocompress.search.agenda import Agenda, Outcome
 from autocompress.search.costs.models import CostModels
-from autocompress.search.explore import Explorer, Outcome, beside_the_device
+from autocompress.search.explore import Explorer, beside_the_device
 from autocompress.search.judge import Interval, Judgement
 from autocompress.search.promotion import FrontGain
 from autocompress.search.space import Parameter, Space
@@ -73,6 +75,7 @@ class Scene:
         self.learnt: list[tuple[Judgement, Evaluation]] = []
         self.networks: dict[str, nn.Module] = {}
         self.handed: dict[str, nn.Module | None] = {}
+        self.looks: dict[str, int] = {}
         self.asked: list[int] = []
         self.most_under_way = self.submitted = 0
         self._busy = threading.Lock()
@@ -85,10 +88,14 @@ class Scene:
             ),
         )
         judge: Any = SimpleNamespace(
-            judge=self._judge, learn=lambda j, e: self.learnt.append((j, e))
+            objectives=OBJECTIVES,
+            judge=self._judge,
+            learn=lambda j, e: self.learnt.append((j, e)),
         )
+        sample: Any = SimpleNamespace(first=self._look, further=lambda network: "further")
         outcome = Outcome(self._allowed, self.finished.append, lambda e: (), lambda: 1.0)
-        self.explorer = Explorer(context, self.study, judge, CostModels(), original, outcome)
+        self.agenda = Agenda(self.study, judge, CostModels(), original, outcome)
+        self.explorer = Explorer(context, self.agenda, sample)
 
     def _allowed(self, count: int) -> bool:
         self.asked.append(count)
@@ -100,10 +107,14 @@ class Scene:
         self._last = plan
         return Tried(self.networks[plan.hash], None)
 
-    def _judge(self, tried: Tried, costs: Any, measured: Any, promising: Any) -> Judgement:
-        plan = self._last
-        assert tried.network is self.networks[plan.hash]
-        self.judged.append(plan.hash)
+    def _look(self, tried: Tried) -> Plan:
+        assert tried.network is self.networks[self._last.hash]
+        self.judged.append(self._last.hash)
+        return self._last
+
+    def _judge(self, seen: list[Any], costs: Any, measured: Any) -> Judgement:
+        plan = seen[0]
+        self.looks[plan.hash] = len(seen)
         metric, latency = figures(plan)
         estimates = {
             "metric": Interval(metric, metric - 0.05, metric + 0.05),
@@ -185,14 +196,14 @@ def test_seeds_are_not_judged_and_others_are(new_scene: Callable[..., Scene]) ->
     assert not set(scene.judged) & set(names(SEEDS))
     rest = scene.measured[len(SEEDS) :]
     assert set(rest) <= set(scene.judged)
-    assert scene.explorer.judged == len(scene.judged)
+    assert scene.agenda.judged_plans == len(scene.judged)
     assert {e.candidate for _, e in scene.learnt} == set(rest)
     # What was built for judging is not built again, and nothing is kept of it afterwards.
     for name in rest:
         assert scene.handed[name] is scene.networks[name]
     assert all(scene.handed[name] is None for name in names(SEEDS))
     assert not scene.explorer._networks
-    assert not len(scene.explorer._pool)
+    assert not scene.agenda.waiting
 
 
 @pytest.mark.parametrize("limit", [1, 5, 8])
@@ -256,6 +267,16 @@ def test_of_the_judged_the_one_that_adds_most_is_measured_first(
     assert len(gains) > 15
     assert len(scene.measured) == 4
     assert not scene.study.failures
+
+
+def test_only_what_promises_something_is_looked_at_twice(new_scene: Callable[..., Scene]) -> None:
+    scene = new_scene(limit=10)
+    scene.dominated = lambda plan: any(s.target == "layer0" for s in plan.steps)
+    scene.explorer.run()
+    for name, judgement in scene.study.judged.items():
+        if judgement["dominated"]:
+            assert scene.looks[name] == 1
+    assert set(scene.looks.values()) == {1, 2}
 
 
 def test_failures_are_recorded_and_the_search_goes_on(new_scene: Callable[..., Scene]) -> None:
@@ -411,7 +432,8 @@ def test_one_is_built_ahead_of_the_device_and_no_more(new_scene: Callable[..., S
 def test_the_process_gets_its_cores_and_threads_back() -> None:
     before, threads = os.sched_getaffinity(0), torch.get_num_threads()
     cores = tuple(sorted(before))
-    with pytest.raises(ValueError), beside_the_device(PROFILE, cores):
+    device = Device(PROFILE, host_of(PROFILE))
+    with pytest.raises(ValueError), beside_the_device(device, cores):
         own = os.sched_getaffinity(0)
         pinned = set(PROFILE.pinned_cores(cores))
         assert own == (before - pinned or before)

@@ -226,7 +226,7 @@ def test_a_sample_compares_single_samples_for_shares(metric: str, passed: bool) 
     made = scene(metric)
     with torch.no_grad():
         outputs = [CHANGED(made.inputs[0])] if passed else None
-        seen = made.sample.first(Tried(CHANGED, outputs), made.inputs)
+        seen = made.sample.first(Tried(CHANGED, outputs))
         x = made.own.inputs[0]
         wanted = made.own.targets if metric == "accuracy" else x.argmax(1)
         expected = right(CHANGED(x), wanted) - right(x, wanted)
@@ -240,7 +240,7 @@ def test_the_originals_own_outputs_lose_nothing() -> None:
     for metric in ("accuracy", "agreement", first_column):
         made = scene(metric)
         seen = [
-            made.sample.first(Tried(Classes().eval(), None), made.inputs),
+            made.sample.first(Tried(Classes().eval(), None)),
             made.sample.further(Classes().eval()),
         ]
         for each in seen:
@@ -271,22 +271,17 @@ def test_a_users_metric_is_taken_on_parts() -> None:
     assert seen.loss == pytest.approx(share, rel=1e-4)
 
 
-def new_judge(make_evaluation: Any, made: SimpleNamespace) -> Judge:
-    original = make_evaluation("original", 0.6, 1.0)
-    return Judge(made.sample, made.inputs, ("metric", "latency"), original)
+def new_judge(make_evaluation: Any) -> Judge:
+    return Judge(("metric", "latency"), make_evaluation("original", 0.6, 1.0))
 
 
-def test_a_judge_looks_again_only_at_what_is_promising(make_evaluation: Any) -> None:
-    made = scene("accuracy")
-    judge = new_judge(make_evaluation, made)
+def test_a_judge_joins_all_samples(make_evaluation: Any) -> None:
+    made, judge = scene("accuracy"), new_judge(make_evaluation)
     costs = {"latency": Interval(0.5, 0.4, 0.6)}
-    tried = Tried(CHANGED, None)
-    once = judge.judge(tried, costs, [], lambda _: False)
-    twice = judge.judge(tried, costs, [], lambda _: True)
+    first, further = made.sample.first(Tried(CHANGED, None)), made.sample.further(CHANGED)
+    once, twice = judge.judge([first], costs, []), judge.judge([first, further], costs, [])
     assert (once.samples, twice.samples) == (CALIBRATION + OWN, CALIBRATION + OWN + SPLIT)
     assert once.estimates["latency"] == costs["latency"]
-    first = made.sample.first(tried, made.inputs)
-    further = made.sample.further(CHANGED)
     together = mean_difference(np.concatenate([first.differences, further.differences]))
     assert twice.estimates["metric"].value == pytest.approx(0.6 + together.value)
     assert twice.estimates["metric"].low == pytest.approx(0.6 + together.low)
@@ -294,24 +289,21 @@ def test_a_judge_looks_again_only_at_what_is_promising(make_evaluation: Any) -> 
     assert twice.loss == pytest.approx(np.average([first.loss, further.loss], weights=weights))
 
 
-def test_a_dominated_plan_is_not_looked_at_again(make_evaluation: Any) -> None:
-    judge = new_judge(make_evaluation, scene("accuracy"))
+def test_what_a_measured_point_beats_beyond_doubt_is_dominated(make_evaluation: Any) -> None:
+    made, judge = scene("accuracy"), new_judge(make_evaluation)
     best = [make_evaluation("best", 9.0, 100.0)]
     costs = {"latency": Interval(0.5, 0.4, 0.6)}
-    found = judge.judge(Tried(CHANGED, None), costs, best, lambda _: True)
-    assert found.dominated
-    assert found.samples == CALIBRATION + OWN
+    assert judge.judge([made.sample.first(Tried(CHANGED, None))], costs, best).dominated
 
 
 def test_a_judge_learns_from_what_was_measured(make_evaluation: Any) -> None:
     """The loss says more than few samples; the bounds stay those of the sample."""
-    made = scene("accuracy")
-    judge = new_judge(make_evaluation, made)
-    tried = Tried(CHANGED, None)
-    before = judge.judge(tried, {}, [], lambda _: False)
+    judge = new_judge(make_evaluation)
+    seen = [scene("accuracy").sample.first(Tried(CHANGED, None))]
+    before = judge.judge(seen, {}, [])
     for _ in range(8):
         judge.learn(before, make_evaluation("x", 0.6 - 0.25, 2.0))
-    after = judge.judge(tried, {}, [], lambda _: False)
+    after = judge.judge(seen, {}, [])
     assert after.estimates["metric"].value == pytest.approx(0.35, abs=1e-3)
     assert after.estimates["metric"].low == before.estimates["metric"].low
     assert after.estimates["metric"].high == before.estimates["metric"].high

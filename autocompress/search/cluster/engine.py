@@ -21,9 +21,8 @@ from autocompress.search.cluster.explorer import ClusterExplorer
 from autocompress.search.cluster.rounds import Rounds, race
 from autocompress.search.cluster.workshop import Shared, carried, new_token
 from autocompress.search.context import SearchContext
-from autocompress.search.engines import Engine, Exploring
+from autocompress.search.engines import Engine, Refine
 from autocompress.search.front import MAXIMISE
-from autocompress.search.judge import Judge
 from autocompress.search.starting import coarse_to_fine
 from autocompress.search.study import Study
 from autocompress.search.survivors import (
@@ -51,17 +50,10 @@ class ClusterEngine(Engine):
     def __init__(self, cluster: Cluster, artifacts: str | None) -> None:
         self._cluster, self._artifacts = cluster, artifacts
 
-    def explore(self, context: SearchContext, exploring: Exploring) -> int:
+    def explore(self, context: SearchContext, agenda: Agenda, refine: Refine) -> None:
         """See `ClusterExplorer`; seeds are refined here meanwhile."""
         folder, location = context.folder.path, self._location(context)
         shared = _share(context, self._cluster, location, trains=_space_trains(context))
-        agenda = Agenda(
-            exploring.study,
-            Judge(context.objectives, exploring.original),
-            exploring.costs,
-            exploring.original,
-            exploring.outcome,
-        )
         explorer = ClusterExplorer(
             agenda,
             self._cluster,
@@ -70,14 +62,13 @@ class ClusterEngine(Engine):
             lambda evaluation: _bring(location, evaluation, folder),
             context.progress.note,
         )
-        refining = Thread(target=lambda: exploring.refine(lambda: None), daemon=True)
+        refining = Thread(target=lambda: refine(lambda: None), daemon=True)
         refining.start()
         try:
             explorer.run()
         finally:
             # It stops by itself once the search is over.
             refining.join()
-        return explorer.judged
 
     def train(
         self,

@@ -113,11 +113,6 @@ class ClusterExplorer:
         self._seen_s = time.monotonic()
         self._away = False
 
-    @property
-    def judged(self) -> int:
-        """How many plans were judged so far by this object."""
-        return self._agenda.judged_plans
-
     def run(self) -> None:
         """Search until nothing is allowed any more or no new plan is found.
 
