@@ -27,6 +27,8 @@ _VARIABLES = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "-1",
     "RAY_AIR_NEW_OUTPUT": "0",
+    # An interrupt is the search's to handle.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 
 
@@ -82,8 +84,7 @@ def joined(
         ConfigError: there is no cluster at the address.
         DeviceError: no node carries the device, or none that can be used.
     """
-    for name, value in _VARIABLES.items():
-        os.environ.setdefault(name, value)
+    set_variables()
     _init(address, profile)
     try:
         resources = ray.cluster_resources()
@@ -99,6 +100,12 @@ def joined(
                 _close(node.actor)
     finally:
         ray.shutdown()
+
+
+def set_variables() -> None:
+    """Tell Tune, before it is used, to be quiet and to write nothing that nobody reads."""
+    for name, value in _VARIABLES.items():
+        os.environ.setdefault(name, value)
 
 
 def _init(address: str | None, profile: DeviceProfile) -> None:

@@ -18,7 +18,7 @@ from autocompress.search.cluster.artifacts import Location
 from autocompress.search.cluster.candidate import SharedReference
 from autocompress.search.cluster.connect import Cluster
 from autocompress.search.cluster.explorer import ClusterExplorer
-from autocompress.search.cluster.rounds import Rounds, race
+from autocompress.search.cluster.rounds import Rounds, race_shapes
 from autocompress.search.cluster.workshop import Shared, carried, new_token
 from autocompress.search.context import SearchContext
 from autocompress.search.engines import Engine, Refine
@@ -78,7 +78,7 @@ class ClusterEngine(Engine):
         show: Callable[[], object],
         seconds: float,
     ) -> None:
-        """See `rounds.race`."""
+        """See `rounds.race_shapes`."""
         ClusterTraining(context, self._cluster, self._location(context), study, show).run(
             original, seconds
         )
@@ -126,7 +126,8 @@ class ClusterTraining:
         )
         context.progress.stage("train survivors", len(shapes), limit_s=seconds)
         shared = _share(context, self._cluster, self._location, trains=True)
-        race(rounds, self._cluster, shared, f"{self._location.url}/tune", _modes(context))
+        storage = f"{self._location.url}/tune"
+        race_shapes(rounds, self._cluster, shared, storage, _modes(context))
         self._report(rounds)
 
     def _done(self, number: int, trained: Trained) -> None:

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, final
 
 import ray
-from ray import ObjectRef, tune
+from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
@@ -33,7 +33,8 @@ from autocompress.search.cluster.candidate import (
     SharedReference,
 )
 from autocompress.search.cluster.connect import Cluster
-from autocompress.search.cluster.study_search import FINISHED, Pump, StudySearch
+from autocompress.search.cluster.study_search import FINISHED
+from autocompress.search.cluster.tuning import MOST_LOST, Race, run_trials
 from autocompress.search.cluster.workshop import Failure
 from autocompress.search.study import Proposal
 
@@ -41,8 +42,6 @@ from autocompress.search.study import Proposal
 _AHEAD = 2
 # Plans that wait at each judging actor, so that it is never idle.
 _QUEUED = 2
-# A candidate whose workers died so often is set aside.
-MOST_LOST = 3
 _AWAY_NOTE_S = 10.0
 
 
@@ -120,26 +119,12 @@ class ClusterExplorer:
             SearchError: too many candidates failed in a row.
         """
         self._judges = [self._new_judge() for _ in range(self._crew.judges)]
-        trainable = tune.with_resources(
-            tune.with_parameters(Candidate, shared=self._shared), {"cpu": self._crew.trial_cpus}
-        )
         try:
             with TemporaryDirectory(prefix="autocompress-tune-") as folder:
-                tune.Tuner(
-                    trainable,
-                    tune_config=tune.TuneConfig(
-                        search_alg=StudySearch(self, self._objectives),
-                        num_samples=-1,
-                        reuse_actors=True,
-                    ),
-                    run_config=tune.RunConfig(
-                        name="search",
-                        storage_path=folder,
-                        failure_config=tune.FailureConfig(max_failures=MOST_LOST),
-                        callbacks=[Pump(self.pump)],
-                        verbose=0,
-                    ),
-                ).fit()
+                resources = {"cpu": self._crew.trial_cpus}
+                # No checkpoints are written, so nobody else need see the folder.
+                race = Race("search", self._objectives, resources, folder)
+                run_trials(Candidate, self._shared, self, race)
         finally:
             for judge in self._judges:
                 ray.kill(judge)

@@ -18,9 +18,9 @@ from autocompress.plan import Plan
 from autocompress.recover import Watch
 from autocompress.search.cluster.candidate import FAILURE, FIGURES, NODE, SharedReference
 from autocompress.search.cluster.connect import Cluster
-from autocompress.search.cluster.explorer import MOST_LOST
 from autocompress.search.cluster.halving import Halving, Rungs
-from autocompress.search.cluster.study_search import FINISHED, Pump, StudySearch
+from autocompress.search.cluster.study_search import FINISHED
+from autocompress.search.cluster.tuning import Race, run_trials
 from autocompress.search.cluster.workshop import Failure, guarded
 from autocompress.search.survivors import ROUNDS, Shape, Trained, plan_of
 from autocompress.techniques import read_plan
@@ -149,39 +149,28 @@ class Rounds:
         return trained
 
 
-def race(
+def race_shapes(
     rounds: Rounds,
     cluster: Cluster,
     shared: SharedReference,
-    location: str,
+    storage: str,
     modes: Mapping[str, str],
 ) -> None:
     """Train shapes on a cluster until all rounds or the time are over.
 
     Args:
-        location: where Tune keeps the trials' checkpoints: a folder that all nodes see.
+        storage: where Tune keeps the trials' checkpoints: a folder that all nodes see.
     """
     gpus = ray.cluster_resources().get("GPU", 0.0)
-    # Half of a small cluster's CPUs is left to what measures and tells.
-    slots = max(1, int(cluster.cpus) - 1)
-    resources = {"cpu": 1, "gpu": 1} if gpus else {"cpu": 1 if slots > 1 else 0.5}
-    trainable = tune.with_resources(tune.with_parameters(Survivor, shared=shared), resources)
-    tune.Tuner(
-        trainable,
-        tune_config=tune.TuneConfig(
-            search_alg=StudySearch(rounds, modes),
-            scheduler=Halving(rounds.rungs, rounds.trained, lambda config: str(config[SHAPE])),
-            num_samples=-1,
-            reuse_actors=True,
-        ),
-        run_config=tune.RunConfig(
-            name="survivors",
-            storage_path=location,
-            failure_config=tune.FailureConfig(max_failures=MOST_LOST),
-            stop=lambda trial_id, result: rounds.over(),
-            callbacks=[Pump(rounds.pump)],
-            verbose=0,
-        ),
-    ).fit()
+    resources: dict[str, float] = {"cpu": 1 if cluster.cpus > 1 else 0.5}
+    if gpus:
+        resources["gpu"] = 1
+    scheduler = Halving(rounds.rungs, rounds.trained, lambda config: str(config[SHAPE]))
+    run_trials(
+        Survivor,
+        shared,
+        rounds,
+        Race("survivors", modes, resources, storage, scheduler, rounds.over),
+    )
     if rounds.error is not None:
         raise rounds.error

@@ -1,0 +1,71 @@
+"""Running trials by Ray Tune, with the search as the source of its trials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+from ray import tune
+from ray.tune.schedulers import TrialScheduler
+
+from autocompress.search.cluster.candidate import SharedReference
+from autocompress.search.cluster.halving import LiveFirst
+from autocompress.search.cluster.study_search import Pump, StudySearch, TrialSource
+
+# A trial whose worker died is begun anew so often.
+MOST_LOST = 3
+
+
+@final
+@dataclass(frozen=True)
+class Race:
+    """What Tune is told beside the trials.
+
+    Attributes:
+        name: of the folder in `storage`.
+        modes: `max` or `min` of each objective by its name.
+        resources: of a trial.
+        storage: where checkpoints go: a folder that all nodes see.
+        scheduler: first come, first served if left out.
+        over: whether all trials are to stop.
+    """
+
+    name: str
+    modes: Mapping[str, str]
+    resources: Mapping[str, float]
+    storage: str
+    scheduler: TrialScheduler | None = None
+    over: Callable[[], bool] | None = None
+
+
+def run_trials(
+    trainable: type[tune.Trainable], shared: SharedReference | None, source: TrialSource, race: Race
+) -> None:
+    """Run trials until the source has no more and all have ended.
+
+    Workers are used for one trial after another. Nothing is read back from Tune's own files: the
+    study is the truth, and a new call starts a new Tuner on it.
+
+    Args:
+        shared: given to `trainable.setup`, if there is anything to share.
+    """
+    bound = trainable if shared is None else tune.with_parameters(trainable, shared=shared)
+    over = race.over
+    tune.Tuner(
+        tune.with_resources(bound, dict(race.resources)),
+        tune_config=tune.TuneConfig(
+            search_alg=StudySearch(source, race.modes),
+            scheduler=race.scheduler or LiveFirst(),
+            num_samples=-1,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name=race.name,
+            storage_path=race.storage,
+            failure_config=tune.FailureConfig(max_failures=MOST_LOST),
+            stop=None if over is None else (lambda trial_id, result: over()),
+            callbacks=[Pump(source.pump)],
+            verbose=0,
+        ),
+    ).fit()

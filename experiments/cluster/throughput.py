@@ -1,0 +1,122 @@
+"""What the cluster engine costs: trials that only sleep, and the driver's own time per trial.
+
+    python experiments/cluster/throughput.py --out runs/throughput.md
+
+Both run through the same call of Ray Tune that a search makes, on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ray
+from ray import tune
+
+from autocompress.search.cluster.connect import set_variables
+from autocompress.search.cluster.study_search import FINISHED
+from autocompress.search.cluster.tuning import Race, run_trials
+
+
+class Sleeper(tune.Trainable):
+    """A trial that takes a time and gives a figure."""
+
+    def setup(self, config: Mapping[str, Any]) -> None:
+        self._seconds = config["seconds"]
+
+    def reset_config(self, new_config: Mapping[str, Any]) -> bool:
+        self._seconds = new_config["seconds"]
+        return True
+
+    def step(self) -> dict[str, Any]:
+        time.sleep(self._seconds)
+        return {"done": True, "metric": 1.0}
+
+
+class Source:
+    """So many trials of the same length, or as many as end within a time."""
+
+    def __init__(self, workers: int, seconds: float, count: int) -> None:
+        self._workers, self._seconds, self._left = workers, seconds, count
+        self._under_way: set[str] = set()
+        self.ended: list[float] = []
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if not self._left:
+            return FINISHED
+        if len(self._under_way) >= self._workers:
+            return None
+        self._left -= 1
+        self._under_way.add(trial_id)
+        return {"seconds": self._seconds}
+
+    def complete(self, trial_id: str, result: Mapping[str, Any] | None, error: bool) -> None:
+        assert result and not error, result
+        self._under_way.remove(trial_id)
+        self.ended.append(time.monotonic())
+
+    def pump(self) -> None:
+        pass
+
+
+def run(workers: int, seconds: float, count: int) -> tuple[Source, float]:
+    """Run the trials; CPU seconds of this process, the driver, meanwhile."""
+    source = Source(workers, seconds, count)
+    # Sleeping takes no CPU: as many workers as are asked for find room on any machine.
+    with TemporaryDirectory() as folder:
+        race = Race("throughput", {"metric": "max"}, {"cpu": 0.01}, folder)
+        begin = time.process_time()
+        run_trials(Sleeper, None, source, race)
+        return source, time.process_time() - begin
+
+
+def per_minute(source: Source, skipped: int) -> float:
+    """Trials per minute once all workers have been started."""
+    times = source.ended[skipped:]
+    return 60 * (len(times) - 1) / (times[-1] - times[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/throughput.md"))
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--trials", type=int, default=10_000)
+    options = parser.parse_args()
+    set_variables()
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    rows = []
+    for workers in (1, options.workers):
+        source, _ = run(workers, options.seconds, 15 * workers)
+        rate = per_minute(source, 2 * workers)
+        rows.append((workers, rate))
+        print(f"{workers} workers: {rate:.1f} trials of {options.seconds:g} s a minute", flush=True)
+    source, cpu_s = run(options.workers, 0.0, options.trials)
+    wall_s = source.ended[-1] - source.ended[0]
+    last = source.ended[-1001:] if options.trials > 1000 else source.ended
+    late = 1000 * (last[-1] - last[0]) / (len(last) - 1)
+    text = "\n".join(
+        [
+            f"| workers | trials of {options.seconds:g} s per minute |",
+            "| --- | --- |",
+            *(f"| {workers} | {rate:.1f} |" for workers, rate in rows),
+            "",
+            f"{rows[1][1] / rows[0][1]:.2f} times as many with {rows[1][0]} workers.",
+            "",
+            f"{options.trials} trials that do nothing: {1000 * cpu_s / options.trials:.1f} ms of the "
+            f"driver's CPU time a trial, {1000 * wall_s / options.trials:.1f} ms of time; "
+            f"{late:.1f} ms over the last thousand. {os.cpu_count()} cores.",
+        ]
+    )
+    print(text)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
