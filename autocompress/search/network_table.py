@@ -13,7 +13,9 @@ import numpy as np
 from autocompress.build import Builder
 from autocompress.device import DeviceProfile
 from autocompress.errors import ExportError, MeasurementError, PlanError, SearchError
+from autocompress.evaluate import Device
 from autocompress.measure.client import Subject, Worker
+from autocompress.measure.host import host_of
 from autocompress.measure.latency import PairedLatency
 from autocompress.measure.table.cut import Cut, cut_file
 from autocompress.measure.table.families import traits_of
@@ -83,7 +85,7 @@ def _prepare(profile: DeviceProfile, experiment: Path, progress: Progress) -> Pr
     # Nothing is searched: a limit is given for experiments that have none.
     prepared = prepare(experiment, Options(run=folder, trials=1), progress)
     space = build_space(prepared.graph, prepared.identity.space, profile)
-    return replace(prepared, profile=profile, space=space)
+    return replace(prepared, device=Device(profile, host_of(profile)), space=space)
 
 
 @final

@@ -27,13 +27,16 @@ class Sleeper(tune.Trainable):
     """A trial that takes a time and gives a figure."""
 
     def setup(self, config: Mapping[str, Any]) -> None:
+        """Take a trial's configuration."""
         self._seconds = config["seconds"]
 
     def reset_config(self, new_config: Mapping[str, Any]) -> bool:
+        """Workers are used again."""
         self._seconds = new_config["seconds"]
         return True
 
     def step(self) -> dict[str, Any]:
+        """Sleep."""
         time.sleep(self._seconds)
         return {"done": True, "metric": 1.0}
 
@@ -47,6 +50,7 @@ class Source:
         self.ended: list[float] = []
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial."""
         if not self._left:
             return FINISHED
         if len(self._under_way) >= self._workers:
@@ -56,12 +60,13 @@ class Source:
         return {"seconds": self._seconds}
 
     def complete(self, trial_id: str, result: Mapping[str, Any] | None, error: bool) -> None:
+        """Note when it ended."""
         assert result and not error, result
         self._under_way.remove(trial_id)
         self.ended.append(time.monotonic())
 
     def pump(self) -> None:
-        pass
+        """Nothing to do."""
 
 
 def run(workers: int, seconds: float, count: int) -> tuple[Source, float]:
@@ -82,6 +87,7 @@ def per_minute(source: Source, skipped: int) -> float:
 
 
 def main() -> None:
+    """Run both and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/throughput.md"))
     parser.add_argument("--workers", type=int, default=8)
@@ -108,8 +114,8 @@ def main() -> None:
             "",
             f"{rows[1][1] / rows[0][1]:.2f} times as many with {rows[1][0]} workers.",
             "",
-            f"{options.trials} trials that do nothing: {1000 * cpu_s / options.trials:.1f} ms of the "
-            f"driver's CPU time a trial, {1000 * wall_s / options.trials:.1f} ms of time; "
+            f"{options.trials} trials that do nothing: {1000 * cpu_s / options.trials:.1f} ms of "
+            f"the driver's CPU time a trial, {1000 * wall_s / options.trials:.1f} ms of time; "
             f"{late:.1f} ms over the last thousand. {os.cpu_count()} cores.",
         ]
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +12,7 @@ from typing import Any, final
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
 from autocompress.device import DeviceProfile, Fingerprint, make_fingerprint, usable_cores
 from autocompress.device.facts import differences
@@ -19,6 +20,7 @@ from autocompress.errors import ConfigError, DeviceError
 from autocompress.search.cluster.device_node import DeviceNode
 from autocompress.search.cluster.node_host import NodeHost
 
+_TIDY_S = 5.0
 _VARIABLES = {
     # Tune would write every result three times more; the study is what is kept.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -29,16 +31,25 @@ _VARIABLES = {
     "RAY_AIR_NEW_OUTPUT": "0",
     # An interrupt is the search's to handle.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "10",
 }
 
 
 @final
 @dataclass(frozen=True)
 class Node:
-    """A node that measures: its actor, and the host that speaks to it."""
+    """A node that measures.
+
+    Attributes:
+        host: speaks to its actor.
+        name: of the machine.
+        cores: of the machine that measure.
+    """
 
     actor: ActorHandle
     host: NodeHost
+    name: str
+    cores: tuple[int, ...]
 
 
 @final
@@ -111,8 +122,10 @@ def set_variables() -> None:
 def _init(address: str | None, profile: DeviceProfile) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address is None:
+        # Nothing else is to run on the cores that measure.
+        others = len(usable_cores()) - (profile.threads if profile.kind == "cpu" else 0)
         ray.init(
-            num_cpus=len(usable_cores()),
+            num_cpus=max(1, others),
             resources={resource_of(profile): 1},
             include_dashboard=False,
             **quiet,
@@ -143,12 +156,14 @@ def _nodes(profile: DeviceProfile, count: int, note: Callable[[str], None]) -> t
         for actor in actors:
             host = NodeHost(actor)
             try:
-                fingerprint = make_fingerprint(profile, host.facts(Path(scratch)))
+                facts = host.facts(Path(scratch))
             except DeviceError as reason:
                 refused.append(reason)
                 _close(actor)
                 continue
-            found.append((Node(actor, host), fingerprint))
+            cores = profile.pinned_cores(facts.cores) if profile.kind == "cpu" else ()
+            node = Node(actor, host, host.name, cores)
+            found.append((node, make_fingerprint(profile, facts)))
     if not found:
         raise refused[0]
     first = found[0][1]
@@ -160,14 +175,15 @@ def _nodes(profile: DeviceProfile, count: int, note: Callable[[str], None]) -> t
         _close(node.actor)
         what = "; ".join(differences(first, fingerprint)) or "the runtimes' versions"
         note(f"a node with {resource_of(profile)} is left out, it differs from the first: {what}")
-    for reason in refused:
-        note(f"a node with {resource_of(profile)} is left out: {reason.what}")
+    for refusal in refused:
+        note(f"a node with {resource_of(profile)} is left out: {refusal.what}")
     return tuple(alike)
 
 
 def _close(actor: ActorHandle) -> None:
-    # Its children end with it.
-    actor.close.remote()
+    # Its children end with it, whether it can still tidy up or not.
+    with suppress(RayError):
+        ray.get(actor.close.remote(), timeout=_TIDY_S)
     ray.kill(actor)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -19,7 +21,7 @@ from autocompress.search.cluster.candidate import SharedReference
 from autocompress.search.cluster.connect import Cluster
 from autocompress.search.cluster.explorer import ClusterExplorer
 from autocompress.search.cluster.rounds import Rounds, race_shapes
-from autocompress.search.cluster.workshop import Shared, carried, new_token
+from autocompress.search.cluster.workshop import Shared, carried, keep_off, new_token
 from autocompress.search.context import SearchContext
 from autocompress.search.engines import Engine, Refine
 from autocompress.search.front import MAXIMISE
@@ -62,6 +64,7 @@ class ClusterEngine(Engine):
             lambda evaluation: _bring(location, evaluation, folder),
             context.progress.note,
         )
+        keep_off(_pinned(self._cluster).get(platform.node(), ()))
         refining = Thread(target=lambda: refine(lambda: None), daemon=True)
         refining.start()
         try:
@@ -128,6 +131,8 @@ class ClusterTraining:
         shared = _share(context, self._cluster, self._location, trains=True)
         storage = f"{self._location.url}/tune"
         race_shapes(rounds, self._cluster, shared, storage, _modes(context))
+        # What is trained is in the location; Tune's own files are never read again.
+        shutil.rmtree(context.folder.path / "tune", ignore_errors=True)
         self._report(rounds)
 
     def _done(self, number: int, trained: Trained) -> None:
@@ -181,9 +186,18 @@ def _share(
         evaluator.builder.path(BASELINE).read_bytes(),
         tuple(node.actor for node in cluster.nodes),
         location,
+        _pinned(cluster),
     )
     with carried():
         return SharedReference(shared.token, ray.put(shared))
+
+
+def _pinned(cluster: Cluster) -> dict[str, tuple[int, ...]]:
+    """By a machine's name its cores that measure; several nodes may be one machine."""
+    found: dict[str, tuple[int, ...]] = {}
+    for node in cluster.nodes:
+        found[node.name] = (*found.get(node.name, ()), *node.cores)
+    return found
 
 
 def _space_trains(context: SearchContext) -> bool:

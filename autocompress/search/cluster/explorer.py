@@ -51,22 +51,21 @@ class Crew:
     """How a cluster's CPUs are shared out.
 
     Attributes:
-        judges: actors that judge, of one CPU each.
+        judges: actors that judge.
         trials: candidates under way at a time.
-        trial_cpus: of each; below 1 where there are few CPUs, for they mostly wait.
+        cpus: of each of them; below 1 where there are few CPUs.
     """
 
     judges: int
     trials: int
-    trial_cpus: float
+    cpus: float
 
     @staticmethod
     def of(cpus: float, nodes: int) -> Crew:
         """For a cluster of so many CPUs and nodes that measure."""
         trials = _AHEAD * nodes
         judges = max(1, int(cpus) - trials)
-        left = max(cpus - judges, 0.0)
-        return Crew(judges, trials, min(1.0, max(left / trials, 0.05)))
+        return Crew(judges, trials, min(1.0, int(100 * cpus / (judges + trials)) / 100))
 
 
 @final
@@ -121,9 +120,15 @@ class ClusterExplorer:
         self._judges = [self._new_judge() for _ in range(self._crew.judges)]
         try:
             with TemporaryDirectory(prefix="autocompress-tune-") as folder:
-                resources = {"cpu": self._crew.trial_cpus}
+                resources = {"cpu": self._crew.cpus}
                 # No checkpoints are written, so nobody else need see the folder.
-                race = Race("search", self._objectives, resources, folder)
+                race = Race(
+                    "search",
+                    self._objectives,
+                    resources,
+                    folder,
+                    abandoned=lambda: self._error is not None,
+                )
                 run_trials(Candidate, self._shared, self, race)
         finally:
             for judge in self._judges:
@@ -136,7 +141,8 @@ class ClusterExplorer:
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """See `TrialSource.suggest`."""
-        return self._kept(lambda: self._suggest(trial_id))
+        found: dict[str, Any] | str | None = self._kept(lambda: self._suggest(trial_id))
+        return found
 
     def complete(self, trial_id: str, result: Mapping[str, Any] | None, error: bool) -> None:
         """See `TrialSource.complete`."""
@@ -236,7 +242,7 @@ class ClusterExplorer:
             self._again.append(look)
 
     def _new_judge(self) -> ActorHandle:
-        return ray.remote(PlanJudge).options(num_cpus=1).remote(self._shared)
+        return ray.remote(PlanJudge).options(num_cpus=self._crew.cpus).remote(self._shared)
 
     def _watch_devices(self) -> None:
         """Say so if the device is away: the search waits for it."""

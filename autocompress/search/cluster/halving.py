@@ -13,6 +13,8 @@ from typing import Any, Generic, TypeVar, final
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from autocompress.search.cluster.unkept import Unkept
+
 ResultT = TypeVar("ResultT")
 
 
@@ -57,7 +59,7 @@ class Rungs(Generic[ResultT]):
 
 
 @final
-class LiveFirst(FIFOScheduler):  # type: ignore[misc]  # Ray has no types
+class LiveFirst(Unkept, FIFOScheduler):  # type: ignore[misc]  # Ray has no types
     """First come, first served; Tune's own looks through all trials that ever were, each time."""
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
@@ -69,7 +71,7 @@ class LiveFirst(FIFOScheduler):  # type: ignore[misc]  # Ray has no types
 
 
 @final
-class Halving(TrialScheduler):  # type: ignore[misc]  # Ray has no types
+class Halving(Unkept, TrialScheduler):  # type: ignore[misc]  # Ray has no types
     """Tune's scheduler for `Rungs`.
 
     Args:

@@ -49,6 +49,10 @@ class NodeHost(Host):
     Args:
         node: the actor.
         away_s: how long it may be away.
+
+    Attributes:
+        held: when the node was busy for this object, in order.
+        name: of the machine, once its facts are known.
     """
 
     here = False
@@ -60,6 +64,7 @@ class NodeHost(Host):
         self._paths: dict[str, Path] = {}
         self._results: dict[str, Path] = {}
         self.held: list[Held] = []
+        self.name = ""
 
     def start(
         self, module: str, scratch: Path, environment: Mapping[str, str] | None = None
@@ -100,12 +105,12 @@ class NodeHost(Host):
         Raises:
             DeviceError: it has another version, or lacks what the profile asks for.
         """
-        version, name = self._call("about")
+        version, self.name = self._call("about")
         here = metadata.version("autocompress")
         if version != here:
             raise DeviceError(
                 "The device has another version of autocompress than this machine.",
-                given=f"{version} on {name}",
+                given=f"{version} on {self.name}",
                 allowed=f"{here}, as here",
                 advice=f"there: pip install 'autocompress[device]=={here}'",
             )

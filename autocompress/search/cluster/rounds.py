@@ -27,6 +27,8 @@ from autocompress.techniques import read_plan
 
 SHAPE, STEPS, WAYS, DEADLINE = "shape", "steps", "ways", "deadline_s"
 _CHECKPOINT = "round.json"
+# A round that the deadline ends may still measure what it has.
+_GRACE_S = 60.0
 
 
 @final
@@ -55,7 +57,7 @@ class Survivor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         found, reasons = [], []
         for way, runtime in shape.ways:
             plan = plan_of(shape, way, self._number)
-            result = guarded(lambda p=plan, r=runtime: workshop.measure(p, r, config[NODE], watch))
+            result = guarded(partial(workshop.measure, plan, runtime, config[NODE], watch))
             if isinstance(result, Failure):
                 reasons.append(result.reason)
                 if result.reason.startswith(OutOfTimeError.__name__):
@@ -170,7 +172,15 @@ def race_shapes(
         Survivor,
         shared,
         rounds,
-        Race("survivors", modes, resources, storage, scheduler, rounds.over),
+        Race(
+            "survivors",
+            modes,
+            resources,
+            storage,
+            scheduler,
+            rounds.over,
+            lambda: rounds.error is not None or time.time() > rounds.deadline_s + _GRACE_S,
+        ),
     )
     if rounds.error is not None:
         raise rounds.error

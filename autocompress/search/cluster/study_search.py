@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, final
+from typing import Any, Final, Protocol, final
 
 from ray.tune import Callback
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-FINISHED = Searcher.FINISHED
+from autocompress.search.cluster.unkept import Unkept
+
+FINISHED: Final[str] = Searcher.FINISHED
 
 
 class TrialSource(Protocol):
@@ -26,7 +28,7 @@ class TrialSource(Protocol):
 
 
 @final
-class StudySearch(OptunaSearch):  # type: ignore[misc]  # Ray has no types
+class StudySearch(Unkept, OptunaSearch):  # type: ignore[misc]  # Ray has no types
     """`OptunaSearch` on a study of its own making would know neither seeds nor judged plans.
 
     This one is given the study that the local engine works on, with the same sampler, seeds and
@@ -67,7 +69,7 @@ class StudySearch(OptunaSearch):  # type: ignore[misc]  # Ray has no types
 
 
 @final
-class Pump(Callback):  # type: ignore[misc]  # Ray has no types
+class Pump(Unkept, Callback):  # type: ignore[misc]  # Ray has no types
     """Calls a function at every step of Tune's loop, at least ten times a second."""
 
     def __init__(self, pump: Callable[[], None]) -> None:

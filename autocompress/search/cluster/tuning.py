@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from ray import tune
+from ray.tune import Stopper
 from ray.tune.schedulers import TrialScheduler
 
 from autocompress.search.cluster.candidate import SharedReference
 from autocompress.search.cluster.halving import LiveFirst
 from autocompress.search.cluster.study_search import Pump, StudySearch, TrialSource
+from autocompress.search.cluster.unkept import Unkept
 
 # A trial whose worker died is begun anew so often.
 MOST_LOST = 3
@@ -28,7 +30,8 @@ class Race:
         resources: of a trial.
         storage: where checkpoints go: a folder that all nodes see.
         scheduler: first come, first served if left out.
-        over: whether all trials are to stop.
+        over: whether trials are to end with their next result.
+        abandoned: whether all is to end at once.
     """
 
     name: str
@@ -36,7 +39,24 @@ class Race:
     resources: Mapping[str, float]
     storage: str
     scheduler: TrialScheduler | None = None
-    over: Callable[[], bool] | None = None
+    over: Callable[[], bool] = lambda: False
+    abandoned: Callable[[], bool] = lambda: False
+
+
+@final
+class _Ending(Unkept, Stopper):  # type: ignore[misc]  # Ray has no types
+    """Tune's stopper by what a race says."""
+
+    def __init__(self, race: Race) -> None:
+        self._race = race
+
+    def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        """Whether a trial ends with this result."""
+        return self._race.over()
+
+    def stop_all(self) -> bool:
+        """Whether everything ends now."""
+        return self._race.abandoned()
 
 
 def run_trials(
@@ -51,7 +71,6 @@ def run_trials(
         shared: given to `trainable.setup`, if there is anything to share.
     """
     bound = trainable if shared is None else tune.with_parameters(trainable, shared=shared)
-    over = race.over
     tune.Tuner(
         tune.with_resources(bound, dict(race.resources)),
         tune_config=tune.TuneConfig(
@@ -64,7 +83,7 @@ def run_trials(
             name=race.name,
             storage_path=race.storage,
             failure_config=tune.FailureConfig(max_failures=MOST_LOST),
-            stop=None if over is None else (lambda trial_id, result: over()),
+            stop=_Ending(race),
             callbacks=[Pump(source.pump)],
             verbose=0,
         ),

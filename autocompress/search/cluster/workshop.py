@@ -6,11 +6,12 @@ store; each process that works for the search unpacks it once.
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +56,7 @@ class Shared:
         original: the ONNX file that every speed-up is relative to.
         nodes: actors of `DeviceNode`.
         location: where files go.
+        pinned: by a machine's name its cores that measure.
     """
 
     token: str
@@ -69,6 +71,7 @@ class Shared:
     original: bytes
     nodes: tuple[ActorHandle, ...]
     location: Location
+    pinned: Mapping[str, tuple[int, ...]]
 
 
 def new_token() -> str:
@@ -95,9 +98,9 @@ def carried() -> Iterator[None]:
 def _users_modules() -> Iterator[ModuleType]:
     """The modules of workload files, and those beside them."""
     modules = {
-        name: Path(module.__file__).resolve()
+        name: Path(file).resolve()
         for name, module in list(sys.modules.items())
-        if getattr(module, "__file__", None) and name.partition(".")[0] != _PACKAGE
+        if (file := getattr(module, "__file__", None)) and name.partition(".")[0] != _PACKAGE
     }
     folders = {path.parent for name, path in modules.items() if name.startswith(WORKLOAD_PREFIX)}
     for name, path in modules.items():
@@ -106,12 +109,19 @@ def _users_modules() -> Iterator[ModuleType]:
             yield sys.modules[name]
 
 
+def keep_off(cores: Sequence[int]) -> None:
+    """Let this process run on other cores than those that measure, if there are others."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, before - set(cores) or before)
+
+
 @final
 class Workshop:
     """Judges, builds and measures candidates in a process that is not the search's own."""
 
     def __init__(self, shared: Shared) -> None:
         shared.location.check(platform.node())
+        keep_off(shared.pinned.get(platform.node(), ()))
         self._shared = shared
         self._folder = Path(tempfile.mkdtemp(prefix="autocompress-workshop-"))
         network = shared.workload.network.eval()

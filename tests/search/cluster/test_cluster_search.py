@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
 
 from autocompress.errors import ConfigError, DeviceError
+from autocompress.evaluate import Evaluation
+from autocompress.search.history import read_history
 from autocompress.search.prepare import Options
 from autocompress.search.record import TrialRecord
 from autocompress.search.run import run_search
 from autocompress.search.storage import storage_of
 from autocompress.search.study import EVALUATION
-from autocompress.evaluate import Evaluation
-from autocompress.search.history import read_history
+
 
 def measured(run: Path) -> list[Evaluation]:
     return [e for _, e in read_history(run) if e.split == "search"]
@@ -31,9 +33,7 @@ def measured(run: Path) -> list[Evaluation]:
 
 def device_times(run: Path) -> list[tuple[float, float]]:
     times = [
-        (start, end)
-        for e in measured(run)
-        for _, start, end in e.details.get("device_times", [])
+        (start, end) for e in measured(run) for _, start, end in e.details.get("device_times", [])
     ]
     return sorted(times)
 
@@ -44,7 +44,7 @@ def assert_once_and_apart(run: Path, count: int) -> None:
     assert len(names) == count and set(names.values()) == {1}
     times = device_times(run)
     assert len(times) >= 2
-    assert all(first[1] <= second[0] for first, second in zip(times, times[1:], strict=False))
+    assert all(first[1] <= second[0] for first, second in pairwise(times))
 
 
 def trials(run: Path) -> list[Any]:
