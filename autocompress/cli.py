@@ -112,7 +112,7 @@ def sweep(
         Path | None, typer.Option(help="Folder of all runs; by default runs/sweeps/NAME.")
     ] = None,
     parallel: Annotated[
-        int, typer.Option(help="Searches at a time; never two on one device.", min=1)
+        int, typer.Option(help="Searches at a time; never two on one machine.", min=1)
     ] = 1,
     engine: Annotated[
         Literal["local", "ray"], typer.Option(help="This machine, or a Ray cluster.")
@@ -132,7 +132,7 @@ def sweep(
     wanted = load_sweep(file)
     folder = out or Path("runs") / "sweeps" / wanted.name
     options = ["--engine", engine, *(["--address", address] if address else [])]
-    cells = cells_of(wanted, file)
+    cells = cells_of(wanted, file, clustered=engine == "ray")
     with SearchDisplay() as display:
         finished = run_sweep(cells, folder, options, display, parallel=parallel)
     rows = sweep_rows(finished)

@@ -1,8 +1,7 @@
 """Sweeps: one search for every combination of workloads, devices, spaces, samplers and seeds.
 
-Each search is a process of its own with a run folder of its own. Searches on one device come one
-after another, for they would disturb each other's measurements; those on different devices may run
-side by side.
+Each search is a process of its own with a run folder of its own. Searches that measure on one
+machine come one after another, for they would disturb each other; others may run side by side.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from typing import Any, final
 import yaml
 
 from autocompress.config import Experiment, Sweep, parse_duration, read_yaml, validate
+from autocompress.device import load_profile
 from autocompress.errors import ConfigError
 from autocompress.files import write_json, write_whole
 from autocompress.search.progress import Progress
@@ -30,6 +30,7 @@ _POLL_S = 0.5
 _TAIL_LINES = 4
 _PR_SET_PDEATHSIG = 1
 _OK = 0
+_HERE = "this machine"
 
 
 @final
@@ -40,13 +41,14 @@ class Cell:
     Attributes:
         group: workload and device: what may be compared.
         label: space, sampler and seed.
+        place: where it measures; one search at a time there.
         experiment: resolved; all paths in it are absolute.
     """
 
     name: str
     group: str
     label: str
-    device: str
+    place: str
     experiment: Mapping[str, Any]
 
 
@@ -75,14 +77,16 @@ def load_sweep(path: Path) -> Sweep:
     return validate(Sweep, read_yaml(path, ConfigError), path, ConfigError)
 
 
-def cells_of(sweep: Sweep, near: Path) -> tuple[Cell, ...]:
+def cells_of(sweep: Sweep, near: Path, *, clustered: bool = False) -> tuple[Cell, ...]:
     """All searches of a sweep, in the order in which they are begun.
 
     Args:
         near: the sweep's file.
+        clustered: whether devices are nodes of a cluster: then each profile is a place of its own.
 
     Raises:
         ConfigError: an experiment cannot be read, or two searches would be the same.
+        DeviceError: a device profile cannot be read.
     """
     found: dict[str, Cell] = {}
     for file in sweep.experiments:
@@ -96,7 +100,10 @@ def cells_of(sweep: Sweep, near: Path) -> tuple[Cell, ...]:
         )
         for device, space, sampler, seed in product(*choices):
             places = {"device": _absolute(device, near), "search_space": _absolute(space, near)}
-            cell = _cell(sweep, (base, path), places, sampler, seed)
+            profile = load_profile(places["device"])
+            remote = profile.remote.host if profile.remote else _HERE
+            place = profile.name if clustered else remote
+            cell = _cell(sweep, (base, path), {**places, "place": place}, sampler, seed)
             if cell.name in found:
                 raise ConfigError(
                     "Two searches of the sweep are the same.",
@@ -124,7 +131,9 @@ def run_sweep(
     """
     runner = _Runner(folder, options)
     progress.stage("sweep", len(cells))
-    waiting = [cell for cell in cells if runner.finished(cell) is None]
+    ended = {cell.name: runner.finished(cell) for cell in cells}
+    # What failed before is tried again.
+    waiting = [c for c in cells if (known := ended[c.name]) is None or known.failure]
     progress.advance(len(cells) - len(waiting))
     running: list[_Running] = []
     try:
@@ -142,13 +151,13 @@ def run_sweep(
     finally:
         for one in running:
             one.stop()
-    ended = [runner.finished(cell) for cell in cells]
-    return [done for done in ended if done is not None]
+    found = [runner.finished(cell) for cell in cells]
+    return [done for done in found if done is not None]
 
 
 def _next(waiting: Sequence[Cell], running: Sequence[_Running]) -> Cell | None:
-    busy = {one.cell.device for one in running}
-    return next((cell for cell in waiting if cell.device not in busy), None)
+    busy = {one.cell.place for one in running}
+    return next((cell for cell in waiting if cell.place not in busy), None)
 
 
 @final
@@ -250,13 +259,14 @@ def _cell(
     name = f"{base.name}-{device}-{space}-{sampler}-{seed}"
     experiment = {
         **base.model_dump(mode="json"),
-        **places,
+        "device": places["device"],
+        "search_space": places["search_space"],
         "name": name,
         "workload": f"{_near(file, path).resolve()}:{function}",
         "search": search,
     }
     label = f"{space}, {sampler}, seed {seed}"
-    return Cell(name, f"{base.name} on {device}", label, places["device"], experiment)
+    return Cell(name, f"{base.name} on {device}", label, places["place"], experiment)
 
 
 def _near(file: str, near: Path) -> Path:
