@@ -73,6 +73,13 @@ class SurvivorTraining:
             name = f"train, round {number + 1} of {ROUNDS}"
             self._context.progress.stage(name, len(shapes), limit_s=limit_s)
             trained, whole = run_round(shapes, number, self._measure, self._done)
+            while number == 0 and whole and (further := self._further(trained, seconds)):
+                # The pace was worse than it is: there is time for more.
+                more, whole = run_round(further, number, self._measure, self._done)
+                before |= {t.shape.steps.hash: t.shape.metric for t in more}
+                trained += more
+                if len(more) < len(further):
+                    break
             ranks = [before[t.shape.steps.hash] for t in trained]
             reports.append(report_round(trained, ranks, number))
             before |= {t.shape.steps.hash: t.metric for t in trained}
@@ -94,6 +101,13 @@ class SurvivorTraining:
             return most
         count = shapes_for(seconds, pace / EPOCHS)
         return choose_shapes(untrained, self._original, objectives, count)
+
+    def _further(self, trained: Sequence[Trained], seconds: float) -> list[Shape]:
+        """Shapes that there is time for beside those that were trained."""
+        known = {t.shape.steps.hash for t in trained}
+        wanted = self._shapes(seconds)
+        others = [shape for shape in wanted if shape.steps.hash not in known]
+        return others[: max(0, len(wanted) - len(known))]
 
     def _pace(self, shapes: Sequence[Shape]) -> float:
         """About how long the first round takes for each, in seconds; 0 if not known."""

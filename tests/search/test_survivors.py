@@ -367,6 +367,24 @@ def test_a_slow_training_gets_fewer_shapes(tmp_path: Path, make_evaluation: Make
     assert rounds_of(scene.built).count(1) == 5
 
 
+def test_who_was_left_out_for_a_bad_start_is_trained_after_all(
+    tmp_path: Path, make_evaluation: Make
+) -> None:
+    """The first training was disturbed: at its pace there was time for four, in truth for five."""
+    scene = filled(tmp_path, make_evaluation, pace=100.0, count=9)
+    build = scene.training._context.evaluator.artifact
+
+    def artifact(*arguments: Any) -> Plan:
+        scene.pace = 30.0
+        return build(*arguments)
+
+    scene.training._context.evaluator.artifact = artifact  # type: ignore[method-assign]
+    scene.training.run(450.0)
+    assert rounds_of(scene.built).count(1) == 5
+    reports = json.loads((tmp_path / "survivors.json").read_text())
+    assert [r["trained"] for r in reports] == [5, 3, 2]
+
+
 def test_nobody_to_train(tmp_path: Path, make_evaluation: Make) -> None:
     scene = filled(tmp_path, make_evaluation, count=0)
     scene.training.run(10.0)
