@@ -10,19 +10,15 @@ from typing import Any, final
 import ray
 from ray import ObjectRef, tune
 
+from autocompress.errors import AutocompressError
 from autocompress.plan import Plan
-from autocompress.search.cluster.workshop import (
-    Failure,
-    Workshop,
-    guarded,
-    workshop_of,
-)
+from autocompress.search.cluster.workshop import Broken, Failure, Workshop, guarded, workshop_of
 from autocompress.search.judge import Seen
 from autocompress.techniques import read_plan
 
 # Keys of a trial's configuration and of its result.
 TASK, PLAN, RUNTIME, NODE = "task", "plan", "runtime", "node"
-FIGURES, FAILURE = "figures", "failure"
+FIGURES, FAILURE, BROKEN = "figures", "failure", "broken"
 
 
 @final
@@ -33,9 +29,12 @@ class SharedReference:
     token: str
     reference: ObjectRef
 
-    def workshop(self) -> Workshop:
-        """This process's workshop, made once."""
-        return workshop_of(self.token, lambda: ray.get(self.reference))
+    def workshop(self) -> Workshop | Broken:
+        """This process's workshop, made once, or why it cannot be made."""
+        try:
+            return workshop_of(self.token, lambda: ray.get(self.reference))
+        except AutocompressError as error:
+            return Broken(error)
 
 
 @final
@@ -59,6 +58,8 @@ class Candidate(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     def step(self) -> dict[str, Any]:
         """The figures of the candidate, or why it has none."""
         workshop = self._shared.workshop()
+        if isinstance(workshop, Broken):
+            return {"done": True, BROKEN: workshop.error}
         plan, runtime = read_plan(self._config[PLAN]), self._config[RUNTIME]
         found = guarded(lambda: workshop.measure(plan, runtime, self._config[NODE]))
         if isinstance(found, Failure):
@@ -78,8 +79,9 @@ class PlanJudge:
     """An actor that runs plans' networks on the sample that they are judged on."""
 
     def __init__(self, shared: SharedReference) -> None:
-        self._workshop = shared.workshop()
+        self._shared = shared
 
-    def look(self, plan: Plan) -> tuple[Seen, ...] | Failure:
+    def look(self, plan: Plan) -> tuple[Seen, ...] | Failure | Broken:
         """What the plan's network makes of the samples, or why it cannot be made."""
-        return guarded(lambda: self._workshop.look(plan))
+        workshop = self._shared.workshop()
+        return workshop if isinstance(workshop, Broken) else guarded(lambda: workshop.look(plan))

@@ -22,6 +22,7 @@ from ray.exceptions import RayError
 from autocompress.evaluate import Evaluation
 from autocompress.search.agenda import Agenda, Task
 from autocompress.search.cluster.candidate import (
+    BROKEN,
     FAILURE,
     FIGURES,
     NODE,
@@ -35,7 +36,7 @@ from autocompress.search.cluster.candidate import (
 from autocompress.search.cluster.connect import Cluster
 from autocompress.search.cluster.study_search import FINISHED
 from autocompress.search.cluster.tuning import MOST_LOST, Race, run_trials
-from autocompress.search.cluster.workshop import Failure
+from autocompress.search.cluster.workshop import Broken, Failure
 from autocompress.search.study import Proposal
 
 # Candidates under way for each node that measures: one is built while another one is measured.
@@ -185,6 +186,8 @@ class ClusterExplorer:
             evaluation = Evaluation.from_dict(json.loads(result[FIGURES]))
             self._bring(evaluation)
             self._agenda.measured(task, evaluation)
+        elif result and BROKEN in result:
+            raise result[BROKEN]
         elif result and FAILURE in result:
             self._agenda.failed(task, result[FAILURE])
         elif error:
@@ -225,6 +228,8 @@ class ClusterExplorer:
         except RayError as cause:
             self._lost(look, cause)
             return
+        if isinstance(seen, Broken):
+            raise seen.error
         if isinstance(seen, Failure):
             self._agenda.unjudgeable(look.proposal, seen.reason)
             return

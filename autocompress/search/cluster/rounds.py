@@ -16,12 +16,12 @@ from autocompress.errors import OutOfTimeError
 from autocompress.evaluate import Evaluation
 from autocompress.plan import Plan
 from autocompress.recover import Watch
-from autocompress.search.cluster.candidate import FAILURE, FIGURES, NODE, SharedReference
+from autocompress.search.cluster.candidate import BROKEN, FAILURE, FIGURES, NODE, SharedReference
 from autocompress.search.cluster.connect import Cluster
 from autocompress.search.cluster.halving import Halving, Rungs
 from autocompress.search.cluster.study_search import FINISHED
 from autocompress.search.cluster.tuning import Race, run_trials
-from autocompress.search.cluster.workshop import Failure, guarded
+from autocompress.search.cluster.workshop import Broken, Failure, guarded
 from autocompress.search.survivors import ROUNDS, Shape, Trained, plan_of
 from autocompress.techniques import read_plan
 
@@ -52,6 +52,8 @@ class Survivor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     def step(self) -> dict[str, Any]:
         """Train the next round, then build and measure its files."""
         workshop, config = self._shared.workshop(), self._config
+        if isinstance(workshop, Broken):
+            return {"done": True, BROKEN: workshop.error}
         shape = Shape(read_plan(config[STEPS]), 0.0, _ways(config))
         watch = Watch(stop=lambda: time.time() > config[DEADLINE])
         found, reasons = [], []
@@ -137,6 +139,8 @@ class Rounds:
 
     def trained(self, config: Mapping[str, Any], result: Mapping[str, Any]) -> Trained | None:
         """What a round's result says; None if it failed."""
+        if BROKEN in result:
+            self.error = result[BROKEN]
         if FIGURES not in result:
             return None
         found = tuple(Evaluation.from_dict(json.loads(text)) for text in result[FIGURES])

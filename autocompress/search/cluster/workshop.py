@@ -26,7 +26,7 @@ from autocompress.bank.bank import BankState
 from autocompress.build import Builder, Stopwatch
 from autocompress.config import CalibrationSettings
 from autocompress.device import DeviceProfile
-from autocompress.errors import DeviceError
+from autocompress.errors import AutocompressError, DeviceError
 from autocompress.evaluate import BASELINE, Device, Evaluation, Evaluator, Extras
 from autocompress.export import Exporter
 from autocompress.graph import NetworkGraph
@@ -217,6 +217,14 @@ class Failure:
     """Why a plan has no figures; for the plan's own fault."""
 
     reason: str
+
+
+@final
+@dataclass(frozen=True)
+class Broken:
+    """Why a process cannot work for the search at all; no plan's fault."""
+
+    error: AutocompressError
 
 
 def guarded(call: Callable[[], ResultT]) -> ResultT | Failure:
