@@ -11,7 +11,6 @@ from autocompress.files import write_json
 from autocompress.plan import Plan, candidate_name
 from autocompress.recover import Watch
 from autocompress.search.context import SearchContext
-from autocompress.search.starting import coarse_to_fine
 from autocompress.search.study import Study
 from autocompress.search.survivors import (
     EPOCHS,
@@ -58,13 +57,10 @@ class SurvivorTraining:
         shapes = self._shapes(seconds)
         if len(shapes) > 1 and not self._pace(shapes):
             # One training tells how long they take, and so how many there is time for.
-            first = shapes[len(shapes) // 2]
+            first = shapes[0]
             self._context.progress.stage("train the first one", 1, limit_s=seconds)
             run_round([first], 0, self._measure, self._done)
             shapes = self._shapes(seconds)
-            shapes = shapes if first in shapes else [first, *shapes[1:]]
-        # The first few already cover the whole range, should the time run out.
-        shapes = [shapes[i] for i in coarse_to_fine(len(shapes))]
         before = {shape.steps.hash: shape.metric for shape in shapes}
         reports: list[RoundReport] = []
         for number in range(ROUNDS):
@@ -72,12 +68,19 @@ class SurvivorTraining:
             name = f"train, round {number + 1} of {ROUNDS}"
             self._context.progress.stage(name, len(shapes), limit_s=limit_s)
             trained, whole = run_round(shapes, number, self._measure, self._done)
+            while number == 0 and whole and (further := self._further(trained, seconds)):
+                # The pace was worse than it is: there is time for more.
+                more, whole = run_round(further, number, self._measure, self._done)
+                before |= {t.shape.steps.hash: t.shape.metric for t in more}
+                trained += more
+                if len(more) < len(further):
+                    break
             ranks = [before[t.shape.steps.hash] for t in trained]
             reports.append(report_round(trained, ranks, number))
             before |= {t.shape.steps.hash: t.metric for t in trained}
             if not whole or not trained:
                 break
-            shapes = halve(trained, self._context.objectives)
+            shapes = halve(trained, self._original, self._context.objectives)
         write_json(self._context.folder.path / _FILE, [asdict(report) for report in reports])
         for report in reports:
             if report.trained:
@@ -93,6 +96,13 @@ class SurvivorTraining:
             return most
         count = shapes_for(seconds, pace / EPOCHS)
         return choose_shapes(untrained, self._original, objectives, count)
+
+    def _further(self, trained: Sequence[Trained], seconds: float) -> list[Shape]:
+        """Shapes that there is time for beside those that were trained."""
+        known = {t.shape.steps.hash for t in trained}
+        wanted = self._shapes(seconds)
+        others = [shape for shape in wanted if shape.steps.hash not in known]
+        return others[: max(0, len(wanted) - len(known))]
 
     def _pace(self, shapes: Sequence[Shape]) -> float:
         """About how long the first round takes for each, in seconds; 0 if not known."""
