@@ -1,15 +1,16 @@
 """Short distillation of the front's members in rounds: half of them go on after each.
 
 Without training, a network's rank says little about its rank after: members that lost much are
-trained too. Each round trains twice as long as the one before it and goes on from its weights
-(successive halving, Jamieson & Talwalkar 2016, with warm restarts); a trained network is quantized
-in the ways of several members, which costs next to nothing beside its training.
+trained first, for they have most to gain. Each round trains twice as long as the one before it and
+goes on from its weights (successive halving, Jamieson & Talwalkar 2016, with warm restarts); a
+trained network is quantized in the ways of several members, which costs next to nothing beside its
+training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import numpy as np
@@ -26,6 +27,7 @@ from autocompress.errors import (
 from autocompress.evaluate import Evaluation
 from autocompress.plan import Plan, Step
 from autocompress.search.front import front_mask, objective_values
+from autocompress.search.promotion import FrontGain
 from autocompress.techniques import NETWORK, Stage, consistent, read_plan, technique_of
 from autocompress.techniques.qat import Qat
 from autocompress.techniques.recovery import Recover, cycle_epochs
@@ -35,6 +37,8 @@ ROUNDS = 3
 _FEWEST, _MOST = 4, 16
 # Members that lost more of the original's metric than this share are beyond recovery.
 _LARGEST_LOSS = 0.25
+# What the first round leaves of a loss, and a later one, about.
+_LEFT_FIRST, _LEFT_LATER = 0.2, 0.5
 # A trained network is quantized as so many members are.
 _WAYS = 3
 # Weights of fewer bits are trained with their rounding.
@@ -112,7 +116,9 @@ def choose_shapes(
     objectives: Sequence[Objective],
     count: int,
 ) -> list[Shape]:
-    """Shapes to train, spread evenly over the costs of the front.
+    """Shapes of the front to train, those that are expected to add most to it first.
+
+    Fewer shapes are the first ones of more.
 
     Args:
         evaluations: measured on the search split, untrained.
@@ -123,20 +129,59 @@ def choose_shapes(
     alive = [e for e in evaluations if e.metric.value >= worst]
     if not alive:
         return []
-    costs = [name for name in objectives if name != "metric"] or ["latency"]
+    wanted = _with_metric(objectives)
+    costs = wanted[1:]
     best: dict[str, Evaluation] = {}
     for name in costs:
         members = _on_front(alive, ("metric", name))
         for e in sorted(members, key=lambda e: -e.metric.value):
             best.setdefault(_shape_of(e).hash, e)
-    chosen: list[Evaluation] = []
-    for name in costs:
-        members = sorted(best.values(), key=lambda e: objective_values(e, (name,))[0])
-        places = max(1, count // len(costs))
-        picks = _spread([objective_values(e, (name,))[0] for e in members], places)
-        chosen += [members[i] for i in picks if members[i] not in chosen]
+    members = list(best.values())
+    order = by_potential([[e] for e in members], (original, wanted), _LEFT_FIRST, count)
     ways = _ways(_on_front(alive, objectives))
-    return [_shape(e, ways) for e in chosen[:count]]
+    return [_shape(members[i], ways) for i in order]
+
+
+def by_potential(
+    groups: Sequence[Sequence[Evaluation]],
+    goal: tuple[Evaluation, Sequence[Objective]],
+    left: float,
+    count: int,
+) -> list[int]:
+    """Indices of groups of files in the order in which training them is expected to pay.
+
+    Next comes the group that would add most to the front of all files and of those chosen before,
+    if training left a share of what its files lose of the metric. Who loses nothing comes last.
+
+    Args:
+        goal: the original network's figures, and what the front is of, the metric among it.
+        left: the share.
+        count: how many at most.
+    """
+    original, objectives = goal
+    known = [e for group in groups for e in group]
+    hoped = [[_trained_to(e, original, left) for e in group] for group in groups]
+    rest, order = list(range(len(groups))), list[int]()
+    while rest and len(order) < count:
+        gain = FrontGain(known, original, objectives)
+        gains = [max(gain.of(objective_values(e, objectives)) for e in hoped[i]) for i in rest]
+        best = rest.pop(int(np.argmax(gains)))
+        known += hoped[best]
+        order.append(best)
+    return order
+
+
+def _with_metric(objectives: Sequence[Objective]) -> list[Objective]:
+    """The metric, which training changes, and the costs; the latency where there are none."""
+    costs: list[Objective] = [name for name in objectives if name != "metric"]
+    return ["metric", *(costs or ["latency"])]
+
+
+def _trained_to(evaluation: Evaluation, original: Evaluation, left: float) -> Evaluation:
+    """The figures if training left a share of what is lost of the metric."""
+    lost = max(original.metric.value - evaluation.metric.value, 0.0)
+    value = evaluation.metric.value + (1 - left) * lost
+    return replace(evaluation, metric=replace(evaluation.metric, value=value))
 
 
 def run_round(
@@ -178,21 +223,14 @@ def plan_of(shape: Shape, way: Plan, number: int) -> Plan:
     return consistent(Plan(tuple(steps)))
 
 
-def halve(trained: Sequence[Trained], objectives: Sequence[Objective]) -> list[Shape]:
-    """The half that goes on: shapes with a file on the trained front, then those next to it."""
-    count = (len(trained) + 1) // 2
-    left = list(trained)
-    chosen: list[Trained] = []
-    while left and len(chosen) < count:
-        files = [(i, e) for i, t in enumerate(left) for e in t.evaluations]
-        mask = front_mask([e for _, e in files], objectives)
-        on = {i for (i, _), best in zip(files, mask, strict=True) if best}
-        layer = [t for i, t in enumerate(left) if i in on]
-        # Of a layer that does not fit as a whole, the most accurate: they are what users take.
-        layer.sort(key=lambda t: -t.metric)
-        chosen += layer[: count - len(chosen)]
-        left = [t for t in left if t not in chosen]
-    return [t.shape for t in chosen]
+def halve(
+    trained: Sequence[Trained], original: Evaluation, objectives: Sequence[Objective]
+) -> list[Shape]:
+    """The half that goes on: those that are expected to add most to the front."""
+    wanted = _with_metric(objectives)
+    groups = [t.evaluations for t in trained]
+    order = by_potential(groups, (original, wanted), _LEFT_LATER, (len(trained) + 1) // 2)
+    return [trained[i].shape for i in order]
 
 
 def report_round(trained: Sequence[Trained], before: Sequence[float], number: int) -> RoundReport:
@@ -263,16 +301,3 @@ def _on_front(
 ) -> list[Evaluation]:
     mask = front_mask(evaluations, objectives)
     return [e for e, on in zip(evaluations, mask, strict=True) if on]
-
-
-def _spread(costs: Sequence[float], count: int) -> list[int]:
-    """Indices of sorted costs that are spread evenly over their logarithm; all if few."""
-    if len(costs) <= count:
-        return list(range(len(costs)))
-    logs = np.log(np.maximum(costs, 1e-12))
-    wanted = np.linspace(logs[0], logs[-1], count)
-    found: list[int] = []
-    for target in wanted:
-        order = np.argsort(np.abs(logs - target), kind="stable")
-        found.append(next(int(i) for i in order if int(i) not in found))
-    return sorted(found)

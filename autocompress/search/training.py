@@ -11,7 +11,6 @@ from autocompress.files import write_json
 from autocompress.plan import Plan, candidate_name
 from autocompress.recover import Watch
 from autocompress.search.context import SearchContext
-from autocompress.search.starting import coarse_to_fine
 from autocompress.search.study import Study
 from autocompress.search.survivors import (
     EPOCHS,
@@ -59,13 +58,10 @@ class SurvivorTraining:
         shapes = self._shapes(seconds)
         if len(shapes) > 1 and not self._pace(shapes):
             # One training tells how long they take, and so how many there is time for.
-            first = shapes[len(shapes) // 2]
+            first = shapes[0]
             self._context.progress.stage("train the first one", 1, limit_s=seconds)
             run_round([first], 0, self._measure, self._done)
             shapes = self._shapes(seconds)
-            shapes = shapes if first in shapes else [first, *shapes[1:]]
-        # The first few already cover the whole range, should the time run out.
-        shapes = [shapes[i] for i in coarse_to_fine(len(shapes))]
         before = {shape.steps.hash: shape.metric for shape in shapes}
         reports: list[RoundReport] = []
         for number in range(ROUNDS):
@@ -85,7 +81,7 @@ class SurvivorTraining:
             before |= {t.shape.steps.hash: t.metric for t in trained}
             if not whole or not trained:
                 break
-            shapes = halve(trained, self._context.objectives)
+            shapes = halve(trained, self._original, self._context.objectives)
         write_json(self._context.folder.path / REPORTS, [asdict(report) for report in reports])
         for report in reports:
             if report.trained:

@@ -25,7 +25,6 @@ from autocompress.search.cluster.workshop import Shared, carried, keep_off, new_
 from autocompress.search.context import SearchContext
 from autocompress.search.engines import Engine, Refine
 from autocompress.search.front import MAXIMISE
-from autocompress.search.starting import coarse_to_fine
 from autocompress.search.study import Study
 from autocompress.search.survivors import (
     ROUNDS,
@@ -115,15 +114,13 @@ class ClusterTraining:
         context = self._context
         untrained = [e for e in self._study.evaluations if e.candidate not in self._study.trained]
         count = shapes_for(seconds, None)
-        chosen = choose_shapes(untrained, original, context.objectives, count)
-        # The first few already cover the whole range, should the time run out.
-        shapes = [chosen[i] for i in coarse_to_fine(len(chosen))]
+        shapes = choose_shapes(untrained, original, context.objectives, count)
         end_s = context.budget.spent_s + seconds
         rounds = Rounds(
             shapes,
             len(self._cluster.nodes),
             time.time() + seconds,
-            lambda trained: halve(trained, context.objectives),
+            lambda trained: halve(trained, original, context.objectives),
             self._done,
             lambda: context.budget.spent_s > end_s,
         )
