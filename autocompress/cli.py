@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 _WIDTH = 100
 _BAD_INPUT, _NO_FIT, _INTERRUPTED = 2, 1, 130
 
+# Which extra brings a package that a device does without.
+_EXTRAS = {
+    "search": (
+        "torch", "torch_pruning", "onnxscript", "optuna", "tensorly", "moocore", "plotly",
+        "sklearn", "safetensors",
+    ),
+    "ray": ("ray", "fsspec"),
+}  # fmt: skip
+
 # Arguments and options of more than one command.
 _RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 _MaxLatency = Annotated[float | None, typer.Option(help="Median latency on the device.")]
@@ -484,6 +493,17 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(_NO_FIT if isinstance(error, NoFitError) else _BAD_INPUT)
+    except ModuleNotFoundError as cause:
+        extra = next((e for e, names in _EXTRAS.items() if _top(cause.name) in names), None)
+        if debug or extra is None:
+            raise
+        missing = ConfigError(
+            "This command needs a package that is not installed.",
+            given=cause.name,
+            advice=f"pip install 'autocompress[{extra}]'",
+        )
+        print(f"error: {missing}", file=sys.stderr)
+        sys.exit(_BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(_INTERRUPTED)
@@ -496,6 +516,10 @@ def main() -> None:
             raise
         show()
         sys.exit(getattr(error, "exit_code", _BAD_INPUT))
+
+
+def _top(name: str | None) -> str:
+    return (name or "").partition(".")[0]
 
 
 def _hoist_debug(arguments: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -61,7 +63,7 @@ class Watch:
 
 @final
 class Trainer:
-    """Trains candidates; what has been trained once is read from then on.
+    """Trains candidates, on a GPU if there is one; what was trained once is read from then on.
 
     Args:
         bank: calibrated.
@@ -75,6 +77,10 @@ class Trainer:
     ) -> None:
         self._bank, self._repair, self._workload = bank, repair, workload
         self._folder = folder
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._teacher = bank.network
+        if self._device.type != "cpu":
+            self._teacher = copy.deepcopy(bank.network).to(self._device)
         self._pace = Pace()
         self._outputs: TeacherOutputs | None = None
 
@@ -117,11 +123,11 @@ class Trainer:
             PlanError: there is no train split, or the training diverged.
             OutOfTimeError: `watch.stop` said so.
         """
-        teacher, calibration = self._bank.network, self._workload.calibration.inputs
+        teacher, calibration = self._teacher, self._workload.calibration.inputs
         for step in _retrainings(plan):
             kind, decision = step.decision.technique, step.decision
             context = self._context(plan.hash, watch)
-            with timed(kind), self._noting(kind, network) as note:
+            with timed(kind), self._noting(kind, network) as note, self._moved(network):
                 if isinstance(decision, Qat):
                     note(
                         train_quantized(
@@ -213,8 +219,17 @@ class Trainer:
     def _recover_once(
         self, network: nn.Module, decision: Recover, context: RecoveryContext
     ) -> None:
-        with self._noting(_kind(decision), network) as note:
-            note(recover_network(network, self._bank.network, self._train, decision, context))
+        with self._noting(_kind(decision), network) as note, self._moved(network):
+            note(recover_network(network, self._teacher, self._train, decision, context))
+
+    @contextmanager
+    def _moved(self, network: nn.Module) -> Iterator[None]:
+        """A network on the device that trains, and afterwards back where files are made of it."""
+        network.to(self._device)
+        try:
+            yield
+        finally:
+            network.to("cpu")
 
     @contextmanager
     def _noting(self, kind: str, network: nn.Module) -> Iterator[Callable[[TrainingReport], None]]:
@@ -251,7 +266,7 @@ class Trainer:
     def _teacher_outputs(self) -> TeacherOutputs:
         if self._outputs is None:
             self._outputs = find_teacher_outputs(
-                self._bank.network, self._train, RecoveryContext(), self._folder
+                self._teacher, self._train, RecoveryContext(), self._folder
             )
         return self._outputs
 
