@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 nothing fits the limits of `pick` or `solve`, or a search 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from dataclasses import asdict
@@ -56,6 +57,11 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     context.obj = debug
+    parent = os.environ.get("AUTOCOMPRESS_PARENT")
+    if parent:
+        from autocompress.measure.child import die_with
+
+        die_with(int(parent))
 
 
 @app.command()

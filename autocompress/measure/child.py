@@ -85,7 +85,7 @@ def serve(make_handler: Callable[[Setup], Handler]) -> None:
     """
     channel = _private_stdout()
     setup = Setup.from_json(sys.argv[1])
-    _die_with(setup.parent)
+    die_with(setup.parent)
     requests: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
     handler: Handler | None = None
@@ -125,7 +125,12 @@ def _private_stdout() -> TextIO:
     return channel
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
+    """Let this process be killed when its parent ends, where the system can do that.
+
+    Args:
+        parent: the parent's process id; 0 if it is on another machine.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     # The parent may have died before the call above.

@@ -6,8 +6,8 @@ machine come one after another, for they would disturb each other; others may ru
 
 from __future__ import annotations
 
-import ctypes
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -26,9 +26,10 @@ from autocompress.errors import ConfigError
 from autocompress.files import write_json, write_whole
 from autocompress.search.progress import Progress
 
+# A process that is told its parent's id by this variable dies with it.
+PARENT = "AUTOCOMPRESS_PARENT"
 _POLL_S = 0.5
 _TAIL_LINES = 4
-_PR_SET_PDEATHSIG = 1
 _OK = 0
 _HERE = "this machine"
 
@@ -197,9 +198,10 @@ class _Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                # A search must not go on beside the sweep that is begun anew.
+                env={**os.environ, PARENT: str(os.getpid())},
                 # Ctrl-C in a terminal is the sweep's to handle.
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
         return _Running(cell, process, time.monotonic())
 
@@ -233,12 +235,6 @@ class _Runner:
 
     def _ended(self, cell: Cell) -> Path:
         return self._folder / "ended" / f"{cell.name}.json"
-
-
-def _die_with_parent() -> None:
-    """A search must not go on beside the sweep that was begun anew."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _cell(
