@@ -57,7 +57,7 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     context.obj = debug
-    parent = os.environ.get("AUTOCOMPRESS_PARENT")
+    parent = os.environ.pop("AUTOCOMPRESS_PARENT", None)
     if parent:
         from autocompress.measure.child import die_with
 
