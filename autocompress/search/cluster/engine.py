@@ -21,10 +21,10 @@ from autocompress.search.cluster.candidate import SharedReference
 from autocompress.search.cluster.connect import Cluster
 from autocompress.search.cluster.explorer import ClusterExplorer
 from autocompress.search.cluster.rounds import Rounds, race_shapes
+from autocompress.search.cluster.tuning import modes_of
 from autocompress.search.cluster.workshop import Shared, carried, keep_off, new_token
 from autocompress.search.context import SearchContext
 from autocompress.search.engines import Engine, Refine
-from autocompress.search.front import MAXIMISE
 from autocompress.search.study import Study
 from autocompress.search.survivors import (
     ROUNDS,
@@ -59,9 +59,8 @@ class ClusterEngine(Engine):
             agenda,
             self._cluster,
             shared,
-            _modes(context),
+            context,
             lambda evaluation: _bring(location, evaluation, folder),
-            context.progress.note,
         )
         keep_off(_pinned(self._cluster).get(platform.node(), ()))
         refining = Thread(target=lambda: refine(lambda: None), daemon=True)
@@ -127,7 +126,7 @@ class ClusterTraining:
         context.progress.stage("train survivors", len(shapes), limit_s=seconds)
         shared = _share(context, self._cluster, self._location, trains=True)
         storage = f"{self._location.url}/tune"
-        race_shapes(rounds, self._cluster, shared, storage, _modes(context))
+        race_shapes(rounds, self._cluster, shared, storage, modes_of(context.objectives))
         # What is trained is in the location; Tune's own files are never read again.
         shutil.rmtree(context.folder.path / "tune", ignore_errors=True)
         self._report(rounds)
@@ -157,11 +156,6 @@ class ClusterTraining:
         for report in reports:
             if report.trained:
                 self._context.progress.note(report.text())
-
-
-def _modes(context: SearchContext) -> dict[str, str]:
-    """`max` or `min` of each objective."""
-    return {name: "max" if MAXIMISE[name] else "min" for name in context.objectives}
 
 
 def _share(

@@ -35,12 +35,15 @@ from autocompress.search.cluster.candidate import (
 )
 from autocompress.search.cluster.connect import Cluster
 from autocompress.search.cluster.study_search import FINISHED
-from autocompress.search.cluster.tuning import MOST_LOST, Race, run_trials
+from autocompress.search.cluster.tuning import MOST_LOST, Race, modes_of, run_trials
 from autocompress.search.cluster.workshop import Broken, Failure
+from autocompress.search.context import SearchContext
 from autocompress.search.study import Proposal
 
 # Candidates under way for each node that measures: one is built while another one is measured.
-_AHEAD = 2
+_AHEAD, _AHEAD_CODED = 2, 6
+# Judging actors for each of these.
+_JUDGES = 4
 # Plans that wait at each judging actor, so that it is never idle.
 _QUEUED = 2
 _AWAY_NOTE_S = 10.0
@@ -62,10 +65,15 @@ class Crew:
     cpus: float
 
     @staticmethod
-    def of(cpus: float, nodes: int) -> Crew:
-        """For a cluster of so many CPUs and nodes that measure."""
-        trials = _AHEAD * nodes
-        judges = max(1, int(cpus) - trials)
+    def of(cpus: float, nodes: int, *, coded: bool) -> Crew:
+        """For a cluster of so many CPUs and nodes that measure.
+
+        Args:
+            coded: whether a candidate's container is made, which takes longer than measuring it.
+        """
+        trials = (_AHEAD_CODED if coded else _AHEAD) * nodes
+        # More would only judge what is never measured.
+        judges = max(1, min(int(cpus) - trials, _JUDGES * trials))
         return Crew(judges, trials, min(1.0, int(100 * cpus / (judges + trials)) / 100))
 
 
@@ -87,9 +95,8 @@ class ClusterExplorer:
         agenda: says what is next.
         cluster: where it is done.
         shared: what the processes of the cluster need.
-        objectives: `max` or `min` of each by its name.
+        context: the search.
         bring: called with a measured candidate's evaluation before it counts; fetches its files.
-        note: told of what must not be missed.
     """
 
     def __init__(
@@ -97,13 +104,14 @@ class ClusterExplorer:
         agenda: Agenda,
         cluster: Cluster,
         shared: SharedReference,
-        objectives: Mapping[str, str],
+        context: SearchContext,
         bring: Callable[[Evaluation], None],
-        note: Callable[[str], None],
     ) -> None:
         self._agenda, self._cluster, self._shared = agenda, cluster, shared
-        self._objectives, self._bring, self._note = objectives, bring, note
-        self._crew = Crew.of(cluster.cpus, len(cluster.nodes))
+        self._bring, self._note = bring, context.progress.note
+        self._objectives = modes_of(context.objectives)
+        coded = context.evaluator.extras.coded
+        self._crew = Crew.of(cluster.cpus, len(cluster.nodes), coded=coded)
         self._judges: list[ActorHandle] = []
         self._looks: dict[ObjectRef, _Look] = {}
         self._again: deque[_Look] = deque()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -10,10 +10,12 @@ from ray import tune
 from ray.tune import Stopper
 from ray.tune.schedulers import TrialScheduler
 
+from autocompress.config import Objective
 from autocompress.search.cluster.candidate import SharedReference
 from autocompress.search.cluster.halving import LiveFirst
 from autocompress.search.cluster.study_search import Pump, StudySearch, TrialSource
 from autocompress.search.cluster.unkept import Unkept
+from autocompress.search.front import MAXIMISE
 
 # A trial whose worker died is begun anew so often.
 MOST_LOST = 3
@@ -57,6 +59,11 @@ class _Ending(Unkept, Stopper):  # type: ignore[misc]  # Ray has no types
     def stop_all(self) -> bool:
         """Whether everything ends now."""
         return self._race.abandoned()
+
+
+def modes_of(objectives: Sequence[Objective]) -> dict[str, str]:
+    """`max` or `min` of each objective."""
+    return {name: "max" if MAXIMISE[name] else "min" for name in objectives}
 
 
 def run_trials(
