@@ -161,7 +161,8 @@ def sweep_chart(finished: Sequence[Finished]) -> go.Figure:
 def _front(one: Finished) -> pd.DataFrame:
     frame = read_front(one.run)
     judged = (frame["role"] == "finalist") & frame["on_front"] & frame["metric_test"].notna()
-    return frame.loc[judged]
+    front: pd.DataFrame = frame.loc[judged]
+    return front
 
 
 def _group_rows(group: str, runs: Sequence[Finished]) -> list[Row]:

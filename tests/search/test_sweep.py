@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,7 @@ class FakeSearch:
 
 
 def cells(*places: str) -> list[Cell]:
-    return [
-        Cell(f"c{i}", "g", f"l{i}", place, {"name": f"c{i}"}) for i, place in enumerate(places)
-    ]
+    return [Cell(f"c{i}", "g", f"l{i}", place, {"name": f"c{i}"}) for i, place in enumerate(places)]
 
 
 def test_searches_run_once_and_what_failed_is_tried_again(
@@ -150,7 +149,7 @@ def test_one_machine_measures_for_one_search_at_a_time(
     assert len(spans) == 5
     for place in ("here", "pi"):
         own = sorted(spans[f"c{i}"] for i, p in enumerate(places) if p == place)
-        assert all(a[1] <= b[0] for a, b in zip(own, own[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in pairwise(own))
     assert spans["c2"][0] < spans["c0"][1] + 0.2
 
 

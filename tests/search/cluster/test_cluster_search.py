@@ -66,7 +66,7 @@ def test_a_run_goes_from_one_engine_to_the_other_and_back(
     wanted = {"run": run, "seed": 0}
     front = run_search(experiment, Options(**wanted, trials=6, engine="ray"))
     assert_once_and_apart(run, 6)
-    assert front.rows()
+    assert front.rows
     for e in measured(run):
         assert (run / e.artifact).is_file()
         assert (run / "measurements" / f"{e.candidate}-search.json").is_file()

@@ -39,7 +39,9 @@ class Server:
 
     def start(self) -> None:
         options = f"-p {PORT} -k {self.folder} -c listen_addresses=127.0.0.1 -c fsync=off"
-        self._run("pg_ctl", "-D", str(self.folder), "-l", str(self._log), "-o", options, "-w", "start")
+        self._run(
+            "pg_ctl", "-D", str(self.folder), "-l", str(self._log), "-o", options, "-w", "start"
+        )
 
     def stop(self) -> None:
         self._run("pg_ctl", "-D", str(self.folder), "-m", "immediate", "-w", "stop")
@@ -51,7 +53,13 @@ class Server:
     def _run(self, program: str, *arguments: str) -> None:
         command = [str(BINARIES[-1] / program), *arguments]
         if os.geteuid() == 0:
-            command = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", *command]
+            command = [
+                "setpriv",
+                "--reuid=postgres",
+                "--regid=postgres",
+                "--clear-groups",
+                *command,
+            ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=self.folder.parent)
 
 
