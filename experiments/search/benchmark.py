@@ -358,7 +358,7 @@ def hypervolume_table(groups: Mapping[str, Sequence[Cell]]) -> str:
 
 def _last_minute(cell: Cell) -> float:
     """When a run's last point was known, or its search was over; training comes after it."""
-    return max(cell.minutes, *(point.t_s / 60 for point in cell.points))
+    return max([cell.minutes, *(point.t_s / 60 for point in cell.points)])
 
 
 def best_table(groups: Mapping[str, Sequence[Cell]]) -> str:
