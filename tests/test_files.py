@@ -17,7 +17,7 @@ def test_threads_that_write_the_same_file_at_once_all_succeed(tmp_path):
 
     def write(data: bytes) -> None:
         for _ in range(20):
-            start.wait()
+            start.wait(timeout=10)
             write_whole(path, data)
             assert path.read_bytes() in contents
 
