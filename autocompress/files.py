@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ def user_cache() -> Path:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write bytes so that a reader sees the old file or the whole new one, also after a crash."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Threads, and processes of different hosts on a shared disk, may write the same file at once.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         with partial.open("wb") as file:
             file.write(data)

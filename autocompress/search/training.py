@@ -95,8 +95,7 @@ class SurvivorTraining:
         pace = self._pace(most)
         if not pace:
             return most
-        count = shapes_for(seconds, pace / EPOCHS)
-        return choose_shapes(untrained, self._original, objectives, count)
+        return most[: shapes_for(seconds, pace / EPOCHS)]
 
     def _further(self, trained: Sequence[Trained], seconds: float) -> list[Shape]:
         """Shapes that there is time for beside those that were trained."""
