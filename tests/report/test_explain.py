@@ -87,8 +87,8 @@ def printed(explanation: Explanation, width: int = 100) -> str:
 
 
 def test_signed_activations_are_named_as_the_cause(explained: Explanation) -> None:
-    finding = explained.findings[0]
-    assert finding.kind == "float_fallback"
+    # Which finding comes first is a matter of measured times.
+    finding = next(f for f in explained.findings if f.kind == "float_fallback")
     assert finding.layers == ("l",)
     assert "QUInt8" in finding.advice
     assert sum(explained.to_dict()["time_ms"]["candidate"].values()) == pytest.approx(
@@ -126,7 +126,7 @@ def test_a_runs_candidate_is_explained_by_the_runs_own_measurement(finished: Pat
     explanation = explain(finished, "plan", told.append)
     assert explanation.speed == Speed(1.0, 1.25, 0.8, 0.79, 0.81)
     assert explanation.verdict.startswith("Slower: 0.80 x")
-    assert explanation.findings[0].kind == "float_fallback"
+    assert "float_fallback" in {finding.kind for finding in explanation.findings}
     assert all(text.startswith("profiling") for text in told)
 
 
