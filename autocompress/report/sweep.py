@@ -203,6 +203,7 @@ def _corner(one: Finished, columns: Sequence[str], maximise: Sequence[bool]) -> 
     frame = read_front(one.run)
     original = frame[frame["role"] == "original"][list(columns)].to_numpy(dtype=np.float64)[0]
     worse = [
-        v * 0.9 if name == "metric_test" else v for v, name in zip(original, columns, strict=True)
+        v - 0.1 * abs(v) if name == "metric_test" else v
+        for v, name in zip(original, columns, strict=True)
     ]
     return np.where(np.isfinite(worse), worse, 0.0)

@@ -36,7 +36,7 @@ from autocompress.search.progress import Progress, Silent
 from autocompress.search.references import measure_references
 from autocompress.search.samplers import SamplerContext
 from autocompress.search.starting import Start, find_start, guessed_start, refine_seeds
-from autocompress.search.storage import Patience, Storage, settle
+from autocompress.search.storage import Storage, patience_with_storage, settle
 from autocompress.search.study import RUNTIME, VIOLATIONS, Sampling, Study
 from autocompress.search.time_plan import Demand, Phase, TimePlan
 
@@ -65,7 +65,7 @@ def run_search(path: Path, options: Options, progress: Progress | None = None) -
         stack.enter_context(run.claim(prepared.identity))
         keep_source(run.path, path)
         storage = Storage(
-            settle(run.path, options.storage, progress.note), Patience(note=progress.note)
+            settle(run.path, options.storage, progress.note), patience_with_storage(progress.note)
         )
         prepared = keep_paying_levels(prepared, progress)
         bank = fill_bank(prepared, progress)

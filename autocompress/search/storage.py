@@ -7,12 +7,11 @@ study moves as a whole: its trials are copied, then the file names the new place
 from __future__ import annotations
 
 import json
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, final
+from typing import Any, final
 
 import optuna
 from optuna.exceptions import StorageInternalError
@@ -23,6 +22,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from autocompress.errors import ConfigError, RunFolderError
 from autocompress.files import write_json
+from autocompress.search.patience import Patience
 
 STUDY_NAME = "autocompress"
 _FILE, _DATABASE = "storage.json", "study.sqlite3"
@@ -30,9 +30,7 @@ _GRPC = "grpc"
 # PostgreSQL without a driver's name means psycopg 3.
 _DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
 _SQLITE_WAIT_S, _CONNECT_WAIT_S = 60, 10
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 ALLOWED = "postgresql://USER@HOST/DATABASE, another SQLAlchemy URL, or grpc://HOST:PORT"
-ResultT = TypeVar("ResultT")
 
 
 @final
@@ -151,59 +149,21 @@ def is_away(error: BaseException) -> bool:
 
 
 @final
-class Patience:
-    """Calls again and again what a storage refuses for now.
-
-    Args:
-        limit_s: for so long; then the error is raised.
-        note: told once when the waiting begins, and once when it ends.
-        clock, pause: seconds that never go back, and how to let them pass.
-    """
-
-    def __init__(
-        self,
-        limit_s: float = 600.0,
-        note: Callable[[str], None] = lambda text: None,
-        clock: Callable[[], float] = time.monotonic,
-        pause: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self._limit_s, self._note = limit_s, note
-        self._clock, self._pause = clock, pause
-
-    def __call__(self, call: Callable[[], ResultT]) -> ResultT:
-        """What the call returns.
-
-        Raises:
-            Exception: what the call raised, if it was no matter of waiting or still is refused.
-        """
-        start, pause_s = self._clock(), _FIRST_PAUSE_S
-        while True:
-            try:
-                result = call()
-            except Exception as error:
-                if not is_away(error) or self._clock() - start > self._limit_s:
-                    raise
-                if pause_s == _FIRST_PAUSE_S:
-                    reason = str(error.__cause__ or error).splitlines()[0]
-                    self._note(
-                        f"the study's storage refuses to write ({reason}); trying again for "
-                        f"{self._limit_s / 60:.0f} minutes"
-                    )
-                self._pause(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-                continue
-            if pause_s > _FIRST_PAUSE_S:
-                self._note("the study's storage answers again")
-            return result
-
-
-@final
 @dataclass(frozen=True)
 class Storage:
     """A study's place, and the patience with it."""
 
     place: StudyPlace
-    patience: Patience = field(default_factory=Patience)
+    patience: Patience = field(default_factory=lambda: patience_with_storage(lambda text: None))
+
+
+def patience_with_storage(note: Callable[[str], None], limit_s: float = 600.0) -> Patience:
+    """Patience with a database that does not answer, or whose disk is full.
+
+    Args:
+        note: told when the waiting begins and ends.
+    """
+    return Patience(is_away, "the study's storage", limit_s, note)
 
 
 def storage_of(folder: Path) -> Storage:

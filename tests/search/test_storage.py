@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,11 +18,12 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
 from autocompress.errors import ConfigError, RunFolderError
+from autocompress.search.patience import Patience
 from autocompress.search.record import TrialRecord
 from autocompress.search.storage import (
-    Patience,
     Storage,
     has_study,
+    is_away,
     own_place,
     place_of,
     settle,
@@ -135,6 +138,10 @@ class Clock:
         self.now += seconds
 
 
+def patient(note: Callable[[str], None], *arguments: Any, **options: Any) -> Patience:
+    return Patience(is_away, "the storage", 60.0, note, *arguments, **options)
+
+
 def away() -> Exception:
     return OperationalError("INSERT", {}, Exception("connection refused"))
 
@@ -142,7 +149,7 @@ def away() -> Exception:
 @given(st.integers(0, 40))
 def test_patience_ends_with_the_storage_or_the_limit(times: int) -> None:
     clock, notes, calls = Clock(), [], []
-    patience = Patience(60.0, notes.append, clock, clock.pause)
+    patience = patient(notes.append, clock, clock.pause)
 
     def call() -> str:
         calls.append(clock.now)
@@ -168,14 +175,14 @@ def test_other_errors_are_no_matter_of_patience() -> None:
         raise ValueError("a bug")
 
     with pytest.raises(ValueError):
-        Patience(60.0, no_note)(call)
+        patient(no_note)(call)
 
 
 def test_a_trial_is_finished_once_though_answers_are_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    storage = Storage(own_place(tmp_path), Patience(60.0, lambda _: None, clock, clock.pause))
+    storage = Storage(own_place(tmp_path), patient(lambda _: None, clock, clock.pause))
     record = TrialRecord(storage, DIRECTIONS)
     trial = record.begin({"p": 1}, {"p": IntDistribution(0, 9)}, {})
     real, lost = record._storage.set_trial_state_values, []
@@ -203,7 +210,7 @@ def test_a_locked_database_is_waited_for(tmp_path: Path) -> None:
 
     place = own_place(tmp_path)
     notes: list[str] = []
-    record = TrialRecord(Storage(place, Patience(60.0, notes.append, pause=let_go)), DIRECTIONS)
+    record = TrialRecord(Storage(place, patient(notes.append, pause=let_go)), DIRECTIONS)
     with record._storage.engine.connect() as connection:
         connection.exec_driver_sql("PRAGMA busy_timeout = 1")
     blocker.execute("BEGIN IMMEDIATE")

@@ -62,6 +62,8 @@ class Candidate(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             return {"done": True, BROKEN: workshop.error}
         plan, runtime = read_plan(self._config[PLAN]), self._config[RUNTIME]
         found = guarded(lambda: workshop.measure(plan, runtime, self._config[NODE]))
+        if isinstance(found, Broken):
+            return {"done": True, BROKEN: found.error}
         if isinstance(found, Failure):
             return {"done": True, FAILURE: found.reason}
         return {"done": True, FIGURES: json.dumps(found.to_dict())}

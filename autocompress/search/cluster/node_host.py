@@ -22,8 +22,8 @@ from autocompress.measure.arrays import content_name, file_key, plain_name
 from autocompress.measure.host_interface import Child, Host
 from autocompress.search.cluster.device_node import FILE, ChildKey, Reply
 
-# How long a device may be away before a measurement is given up.
-AWAY_S = 3600.0
+# How long a device may be away, and its disk full, before a measurement is given up.
+AWAY_S, _FULL_S = 3600.0, 600.0
 _PAUSE_S = 1.0
 # A request is sent again if its files went meanwhile, which a full disk may do time and again.
 _ATTEMPTS = 5
@@ -58,7 +58,7 @@ class NodeHost(Host):
     here = False
 
     def __init__(self, node: ActorHandle, away_s: float = AWAY_S) -> None:
-        self._node, self._away_s = node, away_s
+        self._node, self._away_s, self._full_s = node, away_s, min(away_s, _FULL_S)
         self._token = uuid.uuid4().hex[:12]
         self._names: dict[tuple[str, int, int], str] = {}
         self._paths: dict[str, Path] = {}
@@ -173,6 +173,9 @@ class NodeHost(Host):
             try:
                 return ray.get(getattr(self._node, method).remote(*arguments))
             except RayTaskError as cause:
+                if isinstance(cause.cause, OSError) and time.monotonic() - start < self._full_s:
+                    time.sleep(_PAUSE_S)
+                    continue
                 raise DeviceError(
                     f"The device's node fails: {str(cause.cause).splitlines()[0]}",
                     given=method,

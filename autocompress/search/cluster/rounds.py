@@ -61,6 +61,8 @@ class Survivor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         for way, runtime in shape.ways:
             plan = plan_of(shape, way, self._number)
             result = guarded(partial(workshop.measure, plan, runtime, config[NODE], watch))
+            if isinstance(result, Broken):
+                return {"done": True, BROKEN: result.error}
             if isinstance(result, Failure):
                 reasons.append(result.reason)
                 if result.reason.startswith(OutOfTimeError.__name__):

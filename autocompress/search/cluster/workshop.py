@@ -26,7 +26,7 @@ from autocompress.bank.bank import BankState
 from autocompress.build import Builder, Stopwatch
 from autocompress.config import CalibrationSettings
 from autocompress.device import DeviceProfile
-from autocompress.errors import AutocompressError, DeviceError
+from autocompress.errors import AutocompressError, DeviceError, SearchError
 from autocompress.evaluate import BASELINE, Device, Evaluation, Evaluator, Extras
 from autocompress.export import Exporter
 from autocompress.graph import NetworkGraph
@@ -36,6 +36,7 @@ from autocompress.search.agenda import reason_of
 from autocompress.search.cluster.artifacts import Location
 from autocompress.search.cluster.node_host import NodeHost
 from autocompress.search.judge import Sample, Seen
+from autocompress.search.patience import Patience
 from autocompress.workload import Workload
 from autocompress.workload.loading import WORKLOAD_PREFIX
 
@@ -227,12 +228,33 @@ class Broken:
     error: AutocompressError
 
 
-def guarded(call: Callable[[], ResultT]) -> ResultT | Failure:
-    """What a call returns, or why a plan failed; the machine's faults are raised."""
+def is_full(error: BaseException) -> bool:
+    """Whether an error is a disk's or a network's that may have recovered a minute later."""
+    lasting = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    return isinstance(error, OSError) and not isinstance(error, lasting)
+
+
+def guarded(
+    call: Callable[[], ResultT], patience: Callable[[Callable[[], ResultT]], ResultT] | None = None
+) -> ResultT | Failure | Broken:
+    """What a call returns, why the plan failed, or what is wrong with the machine.
+
+    Args:
+        patience: calls again while a disk is full; the usual one if left out.
+    """
+    patience = patience or Patience(is_full, "a disk")
     try:
-        return call()
-    except (DeviceError, OSError):
-        raise
+        return patience(call)
+    except DeviceError as error:
+        return Broken(error)
+    except OSError as cause:
+        return Broken(
+            SearchError(
+                f"A node of the cluster cannot work: {type(cause).__name__}: {cause}",
+                given=platform.node(),
+                advice="see to its disk, then give the same command again: it goes on",
+            )
+        )
     except Exception as cause:
         # Whatever one plan does to PyTorch must not end a search of hours.
         return Failure(reason_of(cause))

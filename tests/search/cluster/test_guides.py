@@ -28,7 +28,7 @@ def test_ray_takes_the_cluster_file() -> None:
 def test_the_slurm_script_starts_a_head_builders_and_a_device(tmp_path: Path) -> None:
     stubs = {
         "scontrol": "printf 'n1\\nn2\\nn3\\nn4\\n'",
-        "srun": f"echo \"$*\" >> {tmp_path}/log.txt",
+        "srun": f'echo "$*" >> {tmp_path}/log.txt',
         "sleep": "exit 0",
     }
     for name, body in stubs.items():
@@ -41,7 +41,9 @@ def test_the_slurm_script_starts_a_head_builders_and_a_device(tmp_path: Path) ->
     script = [str(FOLDER / "slurm.sh"), str(DIGITS), "--trials", "40"]
     subprocess.run(["bash", *script], env=environment, check=True)
     lines = (tmp_path / "log.txt").read_text().splitlines()
-    by_node = {node: [x for x in lines if f"--nodelist={node} " in x] for node in "n1 n2 n3 n4".split()}
+    by_node = {
+        node: [x for x in lines if f"--nodelist={node} " in x] for node in ["n1", "n2", "n3", "n4"]
+    }
     assert any("ray start --head" in line for line in by_node["n1"])
     assert all("ray start --address=n1:6379 --num-cpus=8" in by_node[n][0] for n in ("n2", "n3"))
     (device,) = by_node["n4"]

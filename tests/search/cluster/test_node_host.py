@@ -156,8 +156,28 @@ def test_refusals_and_faults_of_the_node_are_told_apart(tmp_path: Path, node: No
     with pytest.raises(MeasurementError, match="crashed the runtime"):
         child.ask(request, 1.0)
     node.refuses = None
-    node.files.clear()
-    node.failures = [RayTaskError("put", "traceback", OSError("no space left on device"))]
+    node.failures = [RayTaskError("ask", "traceback", KeyError("a bug"))]
+    with pytest.raises(DeviceError, match="a bug"):
+        child.ask(request, 1.0)
+
+
+def full() -> RayTaskError:
+    return RayTaskError("put", "traceback", OSError("no space left on device"))
+
+
+def test_a_full_disk_of_the_node_is_waited_for(tmp_path: Path, node: Node) -> None:
+    _, child, request = make(tmp_path, node)
+    node.failures = [full()]
+    assert child.ask(request, 1.0) == {"told": 7}
+
+
+def test_a_disk_that_stays_full_ends_the_measurement(
+    tmp_path: Path, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, child, request = make(tmp_path, node, away_s=5.0)
+    now = iter(range(100))
+    monkeypatch.setattr(node_host.time, "monotonic", lambda: float(next(now)))
+    node.failures = [full() for _ in range(100)]
     with pytest.raises(DeviceError, match="no space left"):
         child.ask(request, 1.0)
 
