@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from autocompress.search.cluster.device_node import DeviceNode
 from autocompress.search.cluster.node_host import NodeHost
 
 _TIDY_S = 5.0
+_CONNECT_S = 10.0
 _VARIABLES = {
     # Tune would write every result three times more; the study is what is kept.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -134,14 +136,27 @@ def _init(address: str | None, profile: DeviceProfile) -> None:
         )
         return
     try:
+        _check_answers(address)
         ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as cause:
+    except (OSError, ValueError, RuntimeError) as cause:
         raise ConfigError(
             f"The cluster cannot be joined: {cause}",
             given=address,
             allowed="HOST:PORT of a head node, or auto for the cluster that this machine is in",
             advice="start one with `ray start --head`, or leave --address out to use this machine",
         ) from cause
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself would try for many minutes, then end this process.
+
+    Raises:
+        OSError: nothing listens there.
+    """
+    host, _, port = address.rpartition(":")
+    # `auto` and addresses with a scheme are Ray's to resolve.
+    if host and "/" not in host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
 
 
 def _nodes(profile: DeviceProfile, count: int, note: Callable[[str], None]) -> tuple[Node, ...]:
