@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -176,8 +176,10 @@ def storage_of(folder: Path) -> Storage:
 
 
 def _wanted(folder: Path, url: str) -> StudyPlace:
+    # A name of its own: many runs may share a database, and a study may come back to its folder.
+    name = f"{STUDY_NAME}-{folder.name}-{uuid.uuid4().hex[:8]}"
     if url == "folder":
-        return own_place(folder)
+        return replace(own_place(folder), study=name)
     scheme = url.partition("://")[0]
     if scheme == _GRPC:
         _host_and_port(url)
@@ -188,8 +190,7 @@ def _wanted(folder: Path, url: str) -> StudyPlace:
             raise ConfigError(
                 "The storage's address cannot be read.", given=url, allowed=ALLOWED
             ) from cause
-    # A name of its own: many runs may share a database.
-    return StudyPlace(url, f"{STUDY_NAME}-{folder.name}-{uuid.uuid4().hex[:8]}")
+    return StudyPlace(url, name)
 
 
 def _same(one: StudyPlace, other: StudyPlace) -> bool:

@@ -128,7 +128,9 @@ def _init(address: str | None, profile: DeviceProfile) -> None:
     if address is None:
         # Nothing else is to run on the cores that measure.
         others = len(usable_cores()) - (profile.threads if profile.kind == "cpu" else 0)
+        # Without an address Ray would look for a cluster that somebody else has started here.
         ray.init(
+            address="local",
             num_cpus=max(1, others),
             resources={resource_of(profile): 1},
             include_dashboard=False,

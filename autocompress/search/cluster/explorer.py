@@ -46,7 +46,7 @@ _AHEAD, _AHEAD_CODED = 2, 6
 _JUDGES = 4
 # Plans that wait at each judging actor, so that it is never idle.
 _QUEUED = 2
-_AWAY_NOTE_S = 10.0
+_LOOK_ROUND_S = 10.0
 
 
 @final
@@ -75,6 +75,14 @@ class Crew:
         # More would only judge what is never measured.
         judges = max(1, min(int(cpus) - trials, _JUDGES * trials))
         return Crew(judges, trials, min(1.0, int(100 * cpus / (judges + trials)) / 100))
+
+    def judges_now(self, cpus: float, nodes: int, *, coded: bool) -> int:
+        """How many judge while the cluster has so many CPUs: nodes come and go.
+
+        One candidate at least must find room beside them.
+        """
+        room = int(cpus / self.cpus + 1e-6) - 1
+        return max(1, min(Crew.of(cpus, nodes, coded=coded).judges, room))
 
 
 @final
@@ -110,8 +118,8 @@ class ClusterExplorer:
         self._agenda, self._cluster, self._shared = agenda, cluster, shared
         self._bring, self._note = bring, context.progress.note
         self._objectives = modes_of(context.objectives)
-        coded = context.evaluator.extras.coded
-        self._crew = Crew.of(cluster.cpus, len(cluster.nodes), coded=coded)
+        self._coded = context.evaluator.extras.coded
+        self._crew = Crew.of(cluster.cpus, len(cluster.nodes), coded=self._coded)
         self._judges: list[ActorHandle] = []
         self._looks: dict[ObjectRef, _Look] = {}
         self._again: deque[_Look] = deque()
@@ -126,7 +134,6 @@ class ClusterExplorer:
         Raises:
             SearchError: too many candidates failed in a row.
         """
-        self._judges = [self._new_judge() for _ in range(self._crew.judges)]
         try:
             with TemporaryDirectory(prefix="autocompress-tune-") as folder:
                 resources = {"cpu": self._crew.cpus}
@@ -177,8 +184,7 @@ class ClusterExplorer:
             return None
         task = self._agenda.next_to_build()
         if task is None:
-            done = self._agenda.over and not self._looks and not self._again
-            return FINISHED if done else None
+            return FINISHED if self._over() else None
         node = self._least_busy()
         self._tasks[trial_id] = (task, node)
         return {
@@ -203,6 +209,12 @@ class ClusterExplorer:
             self._agenda.failed(task, lost)
         # Else it was stopped: its trial stays open in the study and is tried again.
 
+    def _over(self) -> bool:
+        if not self._agenda.over:
+            return False
+        # What is still being judged matters only while something may yet be built.
+        return not self._agenda.allowed or not (self._looks or self._again)
+
     def _least_busy(self) -> int:
         busy = [node for _, node in self._tasks.values()]
         return min(range(len(self._cluster.nodes)), key=busy.count)
@@ -210,11 +222,16 @@ class ClusterExplorer:
     # --- judging
 
     def _pump(self) -> None:
-        self._watch_devices()
+        if not self._judges or time.monotonic() - self._seen_s > _LOOK_ROUND_S:
+            self._seen_s = time.monotonic()
+            self._staff()
+            self._watch_devices()
         if self._looks:
             ready, _ = ray.wait(list(self._looks), num_returns=len(self._looks), timeout=0)
             for reference in ready:
-                self._take_in(reference, self._looks.pop(reference))
+                # Those of a judge that was dismissed meanwhile are handed out anew.
+                if reference in self._looks:
+                    self._take_in(reference, self._looks.pop(reference))
         while len(self._looks) < _QUEUED * len(self._judges):
             if self._again:
                 self._hand_out(self._again.popleft())
@@ -246,7 +263,8 @@ class ClusterExplorer:
     def _lost(self, look: _Look, cause: RayError) -> None:
         """Judge a plan anew whose actor died."""
         if look.judge in self._judges:
-            self._judges[self._judges.index(look.judge)] = self._new_judge()
+            self._judges.remove(look.judge)
+            self._staff()
         look.lost += 1
         if look.lost > MOST_LOST:
             reason = f"the workers that judged it were lost {look.lost} times: {cause}"
@@ -254,14 +272,23 @@ class ClusterExplorer:
         else:
             self._again.append(look)
 
-    def _new_judge(self) -> ActorHandle:
-        return ray.remote(PlanJudge).options(num_cpus=self._crew.cpus).remote(self._shared)
+    def _staff(self) -> None:
+        """Have as many judges as the cluster has room for at present."""
+        cpus = float(ray.cluster_resources().get("CPU", 0.0))
+        wanted = self._crew.judges_now(cpus, len(self._cluster.nodes), coded=self._coded)
+        while len(self._judges) > wanted:
+            self._dismiss(self._judges.pop())
+        while len(self._judges) < wanted:
+            options = {"num_cpus": self._crew.cpus}
+            self._judges.append(ray.remote(PlanJudge).options(**options).remote(self._shared))
+
+    def _dismiss(self, judge: ActorHandle) -> None:
+        ray.kill(judge)
+        for reference in [r for r, look in self._looks.items() if look.judge == judge]:
+            self._again.append(self._looks.pop(reference))
 
     def _watch_devices(self) -> None:
         """Say so if the device is away: the search waits for it."""
-        if time.monotonic() - self._seen_s < _AWAY_NOTE_S:
-            return
-        self._seen_s = time.monotonic()
         away = self._cluster.away()
         if away and not self._away:
             self._note(f"{away} of {len(self._cluster.nodes)} devices are away; waiting for them")
