@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from autocompress.search.cluster.node_host import NodeHost
 
 _TIDY_S = 5.0
 _CONNECT_S = 10.0
+_DEVICE_WAIT_S, _POLL_S = 30.0, 0.5
 _VARIABLES = {
     # Tune would write every result three times more; the study is what is kept.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -102,13 +104,9 @@ def joined(
     set_variables()
     _init(address, profile)
     try:
-        resources = ray.cluster_resources()
-        count = int(resources.get(resource_of(profile), 0))
-        if count < 1:
-            raise _no_device(profile, resources)
-        nodes = _nodes(profile, count, note)
+        nodes = _nodes(profile, _count_devices(profile, note), note)
         try:
-            cpus = float(resources.get("CPU", 0.0))
+            cpus = float(ray.cluster_resources().get("CPU", 0.0))
             yield Cluster(nodes, cpus, address is None, resource_of(profile))
         finally:
             for node in nodes:
@@ -145,8 +143,29 @@ def _init(address: str | None, profile: DeviceProfile) -> None:
             f"The cluster cannot be joined: {cause}",
             given=address,
             allowed="HOST:PORT of a head node, or auto for the cluster that this machine is in",
-            advice="start one with `ray start --head`, or leave --address out to use this machine",
+            advice=(
+                "start one with `ray start --head`, or leave --address out to use this machine; if "
+                "it asks for a token, put it into ~/.ray/auth_token"
+            ),
         ) from cause
+
+
+def _count_devices(profile: DeviceProfile, note: Callable[[str], None]) -> int:
+    """How many nodes carry the device; a cluster that has just been started is waited for.
+
+    Raises:
+        DeviceError: none does.
+    """
+    resource, deadline = resource_of(profile), time.monotonic() + _DEVICE_WAIT_S
+    noted = False
+    while not (count := int(ray.cluster_resources().get(resource, 0))):
+        if time.monotonic() > deadline:
+            raise _no_device(profile, ray.cluster_resources())
+        if not noted:
+            note(f"no node carries {resource} yet; waiting {_DEVICE_WAIT_S:.0f} s for one")
+            noted = True
+        time.sleep(_POLL_S)
+    return count
 
 
 def _check_answers(address: str) -> None:

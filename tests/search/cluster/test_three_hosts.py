@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,9 @@ ROOT = Path(__file__).resolve().parents[3]
 BRIDGE, NETWORK = "acbridge", "10.77.61"
 HOSTS = {"head": 1, "builder": 2, "device": 3}
 CUT_S = 30.0
+
+# Whoever joins must know the cluster's token.
+TOKEN = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 pytestmark = [
     pytest.mark.faults,
@@ -75,7 +79,7 @@ def ray_start(host: str, python: Path, *options: str) -> subprocess.Popen[bytes]
     command = [str(python), "-m", "ray.scripts.scripts", "start", "--block", *options]
     return subprocess.Popen(
         inside(host, *command, f"--node-ip-address={NETWORK}.{HOSTS[host]}"),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=TOKEN,
     )  # fmt: skip
 
 
@@ -92,13 +96,12 @@ def test_a_cut_link_loses_nothing(
         started.append(
             ray_start("device", device_python, f"--address={address}", "--num-cpus=0", device)
         )
-        time.sleep(8)
         search = subprocess.Popen(
             inside(
                 "head", str(here), "-m", "autocompress", "search", str(experiment), "--run",
                 str(run), "--trials", "60", "--engine", "ray", "--address", address,
             ),
-            cwd=ROOT,
+            cwd=ROOT, env=TOKEN,
         )  # fmt: skip
         deadline = time.monotonic() + 300
         while len(list((run / "artifacts").glob("*.onnx"))) < 15:
@@ -112,5 +115,5 @@ def test_a_cut_link_loses_nothing(
         for process in started:
             process.terminate()
         for process in started:
-            process.wait(30)
+            process.wait(60)
     assert_once_and_apart(run, 60)
