@@ -40,6 +40,13 @@ class Sleeper(tune.Trainable):
         time.sleep(self._seconds)
         return {"done": True, "metric": 1.0}
 
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Nothing, as for candidates."""
+        return {}
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing was kept."""
+
 
 class Source:
     """So many trials of the same length, or as many as end within a time."""
@@ -74,7 +81,7 @@ def run(workers: int, seconds: float, count: int) -> tuple[Source, float]:
     source = Source(workers, seconds, count)
     # Sleeping takes no CPU: as many workers as are asked for find room on any machine.
     with TemporaryDirectory() as folder:
-        race = Race("throughput", {"metric": "max"}, {"cpu": 0.01}, folder)
+        race = Race("throughput", {"metric": "max"}, {"cpu": 0.01}, folder, workers=lambda: workers)
         begin = time.process_time()
         run_trials(Sleeper, None, source, race)
         return source, time.process_time() - begin
@@ -95,7 +102,13 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=10_000)
     options = parser.parse_args()
     set_variables()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+    )
     rows = []
     for workers in (1, options.workers):
         source, _ = run(workers, options.seconds, 15 * workers)

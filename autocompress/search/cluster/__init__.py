@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -15,7 +16,7 @@ def _has_token() -> bool:
     return given or (Path.home() / ".ray" / "auth_token").is_file()
 
 
-if _has_token():
+if _has_token() and "ray" not in sys.modules:
     # Read when Ray is imported. `ray start --head` asks for the token if there is one, but who
     # joins sends it only if told so; a cluster that asks for none does not mind it.
     os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -126,7 +126,7 @@ class ClusterExplorer:
         self._tasks: dict[str, tuple[Task, int]] = {}
         self._error: BaseException | None = None
         self._seen_s = time.monotonic()
-        self._away = False
+        self._away = self._short = False
 
     def run(self) -> None:
         """Search until nothing is allowed any more or no new plan is found.
@@ -143,6 +143,7 @@ class ClusterExplorer:
                     self._objectives,
                     resources,
                     folder,
+                    workers=self._workers,
                     abandoned=lambda: self._error is not None,
                 )
                 run_trials(Candidate, self._shared, self, race)
@@ -275,12 +276,17 @@ class ClusterExplorer:
     def _staff(self) -> None:
         """Have as many judges as the cluster has room for at present."""
         cpus = float(ray.cluster_resources().get("CPU", 0.0))
+        self._short = cpus < self._cluster.cpus
         wanted = self._crew.judges_now(cpus, len(self._cluster.nodes), coded=self._coded)
         while len(self._judges) > wanted:
             self._dismiss(self._judges.pop())
         while len(self._judges) < wanted:
             options = {"num_cpus": self._crew.cpus}
             self._judges.append(ray.remote(PlanJudge).options(**options).remote(self._shared))
+
+    def _workers(self) -> int:
+        # With nodes away, what idles must make room for judges.
+        return 0 if self._short else self._crew.trials
 
     def _dismiss(self, judge: ActorHandle) -> None:
         ray.kill(judge)

@@ -60,14 +60,34 @@ class Rungs(Generic[ResultT]):
 
 @final
 class LiveFirst(Unkept, FIFOScheduler):  # type: ignore[misc]  # Ray has no types
-    """First come, first served; Tune's own looks through all trials that ever were, each time."""
+    """First come, first served; Tune's own looks through all trials that ever were, each time.
+
+    Args:
+        workers: how many processes are kept for trials that are still to come. Tune keeps one that
+            has none waiting for it, and starting another takes seconds.
+    """
+
+    def __init__(self, workers: Callable[[], int]) -> None:
+        super().__init__()
+        self._workers, self._kept = workers, 0
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """A trial that waits."""
+        self._keep_workers(tune_controller)
         for trial in tune_controller.get_live_trials():
             if trial.status == Trial.PENDING:
                 return trial
         return None
+
+    def _keep_workers(self, tune_controller: Any) -> None:
+        live = list(tune_controller.get_live_trials())
+        wanted = self._workers()
+        if live and wanted != self._kept:
+            # There is no public way; every trial here asks for the same resources.
+            tune_controller._actor_cache.increase_max(
+                live[0].placement_group_factory, by=wanted - self._kept
+            )
+            self._kept = wanted
 
 
 @final

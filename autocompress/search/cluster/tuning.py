@@ -34,6 +34,8 @@ class Race:
         scheduler: first come, first served if left out.
         over: whether trials are to end with their next result.
         abandoned: whether all is to end at once.
+        workers: how many processes are kept for trials that are still to come, unless `scheduler`
+            is given.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Race:
     scheduler: TrialScheduler | None = None
     over: Callable[[], bool] = lambda: False
     abandoned: Callable[[], bool] = lambda: False
+    workers: Callable[[], int] = lambda: 0
 
 
 @final
@@ -82,7 +85,7 @@ def run_trials(
         tune.with_resources(bound, dict(race.resources)),
         tune_config=tune.TuneConfig(
             search_alg=StudySearch(source, race.modes),
-            scheduler=race.scheduler or LiveFirst(),
+            scheduler=race.scheduler or LiveFirst(race.workers),
             num_samples=-1,
             reuse_actors=True,
         ),
