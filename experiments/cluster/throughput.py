@@ -38,7 +38,7 @@ class Sleeper(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Sleep."""
         time.sleep(self._seconds)
-        return {"done": True, "metric": 1.0}
+        return {"done": True, "metric": 1.0, "worker": os.getpid()}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Nothing, as for candidates."""
@@ -49,28 +49,31 @@ class Sleeper(tune.Trainable):
 
 
 class Source:
-    """So many trials of the same length, or as many as end within a time."""
+    """Trials of the same length: so many once every worker has finished one."""
 
     def __init__(self, workers: int, seconds: float, count: int) -> None:
-        self._workers, self._seconds, self._left = workers, seconds, count
+        self._workers, self._seconds, self._count = workers, seconds, count
         self._under_way: set[str] = set()
+        self._seen: set[int] = set()
         self.ended: list[float] = []
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial."""
-        if not self._left:
+        if len(self.ended) >= self._count:
             return FINISHED
         if len(self._under_way) >= self._workers:
             return None
-        self._left -= 1
         self._under_way.add(trial_id)
         return {"seconds": self._seconds}
 
     def complete(self, trial_id: str, result: Mapping[str, Any] | None, error: bool) -> None:
-        """Note when it ended."""
+        """Note when it ended, if all workers had been started."""
         assert result and not error, result
         self._under_way.remove(trial_id)
-        self.ended.append(time.monotonic())
+        self._seen.add(result["worker"])
+        # Starting a worker takes seconds of a core; a search starts each once.
+        if len(self._seen) >= self._workers:
+            self.ended.append(time.monotonic())
 
     def pump(self) -> None:
         """Nothing to do."""
@@ -87,10 +90,9 @@ def run(workers: int, seconds: float, count: int) -> tuple[Source, float]:
         return source, time.process_time() - begin
 
 
-def per_minute(source: Source, skipped: int) -> float:
+def per_minute(source: Source) -> float:
     """Trials per minute once all workers have been started."""
-    times = source.ended[skipped:]
-    return 60 * (len(times) - 1) / (times[-1] - times[0])
+    return 60 * (len(source.ended) - 1) / (source.ended[-1] - source.ended[0])
 
 
 def main() -> None:
@@ -112,7 +114,7 @@ def main() -> None:
     rows = []
     for workers in (1, options.workers):
         source, _ = run(workers, options.seconds, 15 * workers)
-        rate = per_minute(source, 2 * workers)
+        rate = per_minute(source)
         rows.append((workers, rate))
         print(f"{workers} workers: {rate:.1f} trials of {options.seconds:g} s a minute", flush=True)
     source, cpu_s = run(options.workers, 0.0, options.trials)

@@ -82,12 +82,32 @@ class LiveFirst(Unkept, FIFOScheduler):  # type: ignore[misc]  # Ray has no type
     def _keep_workers(self, tune_controller: Any) -> None:
         live = list(tune_controller.get_live_trials())
         wanted = self._workers()
-        if live and wanted != self._kept:
-            # There is no public way; every trial here asks for the same resources.
-            tune_controller._actor_cache.increase_max(
-                live[0].placement_group_factory, by=wanted - self._kept
+        if not live or wanted == self._kept:
+            return
+        # There is no public way; every trial here asks for the same resources.
+        controller = tune_controller._tune_controller
+        if "_maybe_reuse_cached_actor" not in vars(controller):
+            self._let_workers_start(controller)
+        controller._actor_cache.increase_max(
+            live[0].placement_group_factory, by=wanted - self._kept
+        )
+        self._kept = wanted
+
+    def _let_workers_start(self, controller: Any) -> None:
+        """Keep Tune from giving a free worker to a trial whose own is being started.
+
+        It would end the other one: as many workers as there are trials at a time never came up
+        where trials are shorter than a start.
+        """
+        reuse = controller._maybe_reuse_cached_actor
+
+        def reuse_unless_starting(trial: Trial) -> bool:
+            starting = (
+                trial in controller._trial_to_actor and trial not in controller._resetting_trials
             )
-            self._kept = wanted
+            return False if starting and self._kept else bool(reuse(trial))
+
+        controller._maybe_reuse_cached_actor = reuse_unless_starting
 
 
 @final
