@@ -90,9 +90,10 @@ def run(workers: int, seconds: float, count: int) -> tuple[Source, float]:
         return source, time.process_time() - begin
 
 
-def per_minute(source: Source) -> float:
-    """Trials per minute once all workers have been started."""
-    return 60 * (len(source.ended) - 1) / (source.ended[-1] - source.ended[0])
+def per_minute(source: Source, workers: int) -> float:
+    """Trials per minute once all workers have been started, over whole rounds of all workers."""
+    counted = (len(source.ended) - 1) // workers * workers
+    return 60 * counted / (source.ended[counted] - source.ended[0])
 
 
 def main() -> None:
@@ -113,8 +114,8 @@ def main() -> None:
     )
     rows = []
     for workers in (1, options.workers):
-        source, _ = run(workers, options.seconds, 15 * workers)
-        rate = per_minute(source)
+        source, _ = run(workers, options.seconds, 15 * workers + 1)
+        rate = per_minute(source, workers)
         rows.append((workers, rate))
         print(f"{workers} workers: {rate:.1f} trials of {options.seconds:g} s a minute", flush=True)
     source, cpu_s = run(options.workers, 0.0, options.trials)
