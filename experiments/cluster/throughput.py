@@ -49,10 +49,11 @@ class Sleeper(tune.Trainable):
 
 
 class Source:
-    """Trials of the same length: so many once every worker has finished one."""
+    """Trials of the same length; so many are counted, the first when `warm` workers were seen."""
 
-    def __init__(self, workers: int, seconds: float, count: int) -> None:
+    def __init__(self, workers: int, seconds: float, count: int, warm: int) -> None:
         self._workers, self._seconds, self._count = workers, seconds, count
+        self._warm = warm
         self._under_way: set[str] = set()
         self._seen: set[int] = set()
         self.ended: list[float] = []
@@ -67,21 +68,21 @@ class Source:
         return {"seconds": self._seconds}
 
     def complete(self, trial_id: str, result: Mapping[str, Any] | None, error: bool) -> None:
-        """Note when it ended, if all workers had been started."""
+        """Note when it ended, if it counts."""
         assert result and not error, result
         self._under_way.remove(trial_id)
         self._seen.add(result["worker"])
         # Starting a worker takes seconds of a core; a search starts each once.
-        if len(self._seen) >= self._workers:
+        if len(self._seen) >= self._warm:
             self.ended.append(time.monotonic())
 
     def pump(self) -> None:
         """Nothing to do."""
 
 
-def run(workers: int, seconds: float, count: int) -> tuple[Source, float]:
+def run(workers: int, seconds: float, count: int, warm: int) -> tuple[Source, float]:
     """Run the trials; CPU seconds of this process, the driver, meanwhile."""
-    source = Source(workers, seconds, count)
+    source = Source(workers, seconds, count, warm)
     # Sleeping takes no CPU: as many workers as are asked for find room on any machine.
     with TemporaryDirectory() as folder:
         race = Race("throughput", {"metric": "max"}, {"cpu": 0.01}, folder, workers=lambda: workers)
@@ -114,11 +115,11 @@ def main() -> None:
     )
     rows = []
     for workers in (1, options.workers):
-        source, _ = run(workers, options.seconds, 15 * workers + 1)
+        source, _ = run(workers, options.seconds, 15 * workers + 1, workers)
         rate = per_minute(source, workers)
         rows.append((workers, rate))
         print(f"{workers} workers: {rate:.1f} trials of {options.seconds:g} s a minute", flush=True)
-    source, cpu_s = run(options.workers, 0.0, options.trials)
+    source, cpu_s = run(options.workers, 0.0, options.trials, 1)
     wall_s = source.ended[-1] - source.ended[0]
     last = source.ended[-1001:] if options.trials > 1000 else source.ended
     late = 1000 * (last[-1] - last[0]) / (len(last) - 1)
