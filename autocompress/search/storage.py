@@ -154,16 +154,16 @@ class Storage:
     """A study's place, and the patience with it."""
 
     place: StudyPlace
-    patience: Patience = field(default_factory=lambda: patience_with_storage(lambda text: None))
+    patience: Patience = field(default_factory=lambda: patience_with_storage())
 
 
-def patience_with_storage(note: Callable[[str], None], limit_s: float = 600.0) -> Patience:
+def patience_with_storage(note: Callable[[str], None] = lambda text: None) -> Patience:
     """Patience with a database that does not answer, or whose disk is full.
 
     Args:
         note: told when the waiting begins and ends.
     """
-    return Patience(is_away, "the study's storage", limit_s, note)
+    return Patience(is_away, "the study's storage", note=note)
 
 
 def storage_of(folder: Path) -> Storage:

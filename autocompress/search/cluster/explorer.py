@@ -72,17 +72,21 @@ class Crew:
             coded: whether a candidate's container is made, which takes longer than measuring it.
         """
         trials = (_AHEAD_CODED if coded else _AHEAD) * nodes
-        # More would only judge what is never measured.
-        judges = max(1, min(int(cpus) - trials, _JUDGES * trials))
+        judges = _judges_beside(trials, cpus)
         return Crew(judges, trials, min(1.0, int(100 * cpus / (judges + trials)) / 100))
 
-    def judges_now(self, cpus: float, nodes: int, *, coded: bool) -> int:
+    def judges_now(self, cpus: float) -> int:
         """How many judge while the cluster has so many CPUs: nodes come and go.
 
         One candidate at least must find room beside them.
         """
         room = int(cpus / self.cpus + 1e-6) - 1
-        return max(1, min(Crew.of(cpus, nodes, coded=coded).judges, room))
+        return max(1, min(_judges_beside(self.trials, cpus), room))
+
+
+def _judges_beside(trials: int, cpus: float) -> int:
+    # More would only judge what is never measured.
+    return max(1, min(int(cpus) - trials, _JUDGES * trials))
 
 
 @final
@@ -118,8 +122,8 @@ class ClusterExplorer:
         self._agenda, self._cluster, self._shared = agenda, cluster, shared
         self._bring, self._note = bring, context.progress.note
         self._objectives = modes_of(context.objectives)
-        self._coded = context.evaluator.extras.coded
-        self._crew = Crew.of(cluster.cpus, len(cluster.nodes), coded=self._coded)
+        coded = context.evaluator.extras.coded
+        self._crew = Crew.of(cluster.cpus, len(cluster.nodes), coded=coded)
         self._judges: list[ActorHandle] = []
         self._looks: dict[ObjectRef, _Look] = {}
         self._again: deque[_Look] = deque()
@@ -277,7 +281,7 @@ class ClusterExplorer:
         """Have as many judges as the cluster has room for at present."""
         cpus = float(ray.cluster_resources().get("CPU", 0.0))
         self._short = cpus < self._cluster.cpus
-        wanted = self._crew.judges_now(cpus, len(self._cluster.nodes), coded=self._coded)
+        wanted = self._crew.judges_now(cpus)
         while len(self._judges) > wanted:
             self._dismiss(self._judges.pop())
         while len(self._judges) < wanted:

@@ -38,7 +38,7 @@ def test_what_tune_is_given_is_neither_copied_nor_kept() -> None:
 def test_judges_leave_room_for_a_candidate(cpus: int, now: int, nodes: int, coded: bool) -> None:
     """Nodes that are lost take judges with them, not what is measured; new ones bring some."""
     crew = Crew.of(float(cpus), nodes, coded=coded)
-    judges = crew.judges_now(float(now), nodes, coded=coded)
+    judges = crew.judges_now(float(now))
     assert judges >= 1
     assert judges == 1 or (judges + 1) * crew.cpus <= now + 1e-6
-    assert crew.judges_now(float(cpus), nodes, coded=coded) == crew.judges
+    assert crew.judges_now(float(cpus)) == crew.judges

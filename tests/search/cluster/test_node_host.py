@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +140,25 @@ def test_a_result_that_went_with_its_node_is_made_anew(tmp_path: Path, node: Nod
     assert lost
 
 
-def test_a_node_that_stays_away_ends_the_measurement(
-    tmp_path: Path, node: Node, monkeypatch: pytest.MonkeyPatch
+def full() -> RayTaskError:
+    return RayTaskError("put", "traceback", OSError("no space left on device"))
+
+
+@pytest.mark.parametrize(
+    ("failure", "what"), [(unavailable, "away from the cluster"), (full, "no space left")]
+)
+def test_a_node_that_never_serves_again_ends_the_measurement(
+    tmp_path: Path,
+    node: Node,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: Callable[[], Exception],
+    what: str,
 ) -> None:
     _, child, request = make(tmp_path, node, away_s=5.0)
     now = iter(range(100))
     monkeypatch.setattr(node_host.time, "monotonic", lambda: float(next(now)))
-    node.failures = [unavailable() for _ in range(100)]
-    with pytest.raises(DeviceError, match="away from the cluster"):
+    node.failures = [failure() for _ in range(100)]
+    with pytest.raises(DeviceError, match=what):
         child.ask(request, 1.0)
 
 
@@ -161,25 +173,10 @@ def test_refusals_and_faults_of_the_node_are_told_apart(tmp_path: Path, node: No
         child.ask(request, 1.0)
 
 
-def full() -> RayTaskError:
-    return RayTaskError("put", "traceback", OSError("no space left on device"))
-
-
 def test_a_full_disk_of_the_node_is_waited_for(tmp_path: Path, node: Node) -> None:
     _, child, request = make(tmp_path, node)
     node.failures = [full()]
     assert child.ask(request, 1.0) == {"told": 7}
-
-
-def test_a_disk_that_stays_full_ends_the_measurement(
-    tmp_path: Path, node: Node, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, child, request = make(tmp_path, node, away_s=5.0)
-    now = iter(range(100))
-    monkeypatch.setattr(node_host.time, "monotonic", lambda: float(next(now)))
-    node.failures = [full() for _ in range(100)]
-    with pytest.raises(DeviceError, match="no space left"):
-        child.ask(request, 1.0)
 
 
 def test_another_version_is_refused(tmp_path: Path, node: Node) -> None:
