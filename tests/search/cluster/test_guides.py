@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import yaml
@@ -40,7 +41,11 @@ def test_the_slurm_script_starts_a_head_builders_and_a_device(tmp_path: Path) ->
     }  # fmt: skip
     script = [str(FOLDER / "slurm.sh"), str(DIGITS), "--trials", "40"]
     subprocess.run(["bash", *script], env=environment, check=True)
-    lines = (tmp_path / "log.txt").read_text().splitlines()
+    # What it starts in the background may write after its end.
+    deadline = time.monotonic() + 60
+    while len(lines := (tmp_path / "log.txt").read_text().splitlines()) < 5:
+        assert time.monotonic() < deadline, lines
+        time.sleep(0.05)
     by_node = {
         node: [x for x in lines if f"--nodelist={node} " in x] for node in ["n1", "n2", "n3", "n4"]
     }
