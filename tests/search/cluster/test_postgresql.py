@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
 from autocompress.search.history import read_history
 from autocompress.search.prepare import Options
 from autocompress.search.run import run_search
-from autocompress.search.storage import place_of
+from autocompress.search.storage import has_study, place_of
 
+DIGITS = Path(__file__).parents[3] / "experiments" / "digits.yaml"
 PORT = 54761
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
@@ -77,25 +79,46 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def names(run: Path) -> list[str]:
-    return [e.candidate for _, e in read_history(run)]
+    return [e.candidate for _, e in read_history(run)] if has_study(run) else []
 
 
-def test_a_run_goes_from_its_folder_to_a_database_and_back(
-    server: Server, tiny_experiment: Callable[..., Path], tmp_path: Path
+def search(*options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "autocompress", "search", str(DIGITS), *options]
+    return subprocess.Popen(command, start_new_session=True)
+
+
+def killed_after(evaluations: int, run: Path, *options: str) -> list[str]:
+    """The names that a search has finished when all of its processes are killed at once."""
+    running = search("--run", str(run), "--trials", "200", *options)
+    try:
+        deadline = time.monotonic() + 300
+        while len(names(run)) < evaluations:
+            assert running.poll() is None and time.monotonic() < deadline
+            time.sleep(1)
+    finally:
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+    return names(run)
+
+
+def test_a_killed_run_goes_on_with_the_other_engine_in_a_database_and_back(
+    server: Server, tmp_path: Path
 ) -> None:
-    experiment, run = tiny_experiment(), tmp_path / "run"
-    run_search(experiment, Options(run=run, trials=4))
-    first = names(run)
-    run_search(experiment, Options(run=run, trials=8, engine="ray", storage=server.url))
-    ray.shutdown()
+    run = tmp_path / "run"
+    local = killed_after(8, run)
+    clustered = killed_after(len(local) + 8, run, "--engine", "ray", "--storage", server.url)
     assert place_of(run).url.startswith("postgresql+psycopg://")
-    assert names(run)[:4] == first and len(set(names(run))) == len(names(run)) == 8
+    assert clustered[: len(local)] == local
     # Without being told again it goes on in the database, with the other engine.
-    run_search(experiment, Options(run=run, trials=10))
-    assert len(set(names(run))) == len(names(run)) == 10
-    run_search(experiment, Options(run=run, trials=12, storage="folder"))
+    again = killed_after(len(clustered) + 8, run, "--engine", "local")
+    assert again[: len(clustered)] == clustered
+    total = len(again) + 4
+    ended = search("--run", str(run), "--trials", str(total), "--storage", "folder")
+    assert ended.wait(300) == 0
     server.stop()
-    assert len(set(names(run))) == len(names(run)) == 12
+    found = names(run)
+    assert found[: len(again)] == again
+    assert len(set(found)) == len(found) == total
     server.start()
 
 
