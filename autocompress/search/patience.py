@@ -10,6 +10,12 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 ResultT = TypeVar("ResultT")
 
 
+def may_pass(error: BaseException | None) -> bool:
+    """Whether an error is a disk's or a network's that may have recovered a minute later."""
+    lasting = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    return isinstance(error, OSError) and not isinstance(error, lasting)
+
+
 @final
 class Patience:
     """Makes a call again and again while it is refused for now.

@@ -18,5 +18,5 @@ def _has_token() -> bool:
 
 if _has_token() and "ray" not in sys.modules:
     # Read when Ray is imported. `ray start --head` asks for the token if there is one, but who
-    # joins sends it only if told so; a cluster that asks for none does not mind it.
+    # joins sends it only if told so.
     os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import ray
 from ray import ObjectRef, tune
@@ -19,6 +19,7 @@ from autocompress.techniques import read_plan
 # Keys of a trial's configuration and of its result.
 TASK, PLAN, RUNTIME, NODE = "task", "plan", "runtime", "node"
 FIGURES, FAILURE, BROKEN = "figures", "failure", "broken"
+ResultT = TypeVar("ResultT")
 
 
 @final
@@ -29,12 +30,13 @@ class SharedReference:
     token: str
     reference: ObjectRef
 
-    def workshop(self) -> Workshop | Broken:
-        """This process's workshop, made once, or why it cannot be made."""
+    def attempt(self, call: Callable[[Workshop], ResultT]) -> ResultT | Failure | Broken:
+        """What a call makes of this process's workshop; see `guarded`."""
         try:
-            return workshop_of(self.token, lambda: ray.get(self.reference))
+            workshop = workshop_of(self.token, lambda: ray.get(self.reference))
         except AutocompressError as error:
             return Broken(error)
+        return guarded(lambda: call(workshop))
 
 
 @final
@@ -57,11 +59,8 @@ class Candidate(tune.Trainable):  # type: ignore[misc]  # Ray has no types
 
     def step(self) -> dict[str, Any]:
         """The figures of the candidate, or why it has none."""
-        workshop = self._shared.workshop()
-        if isinstance(workshop, Broken):
-            return {"done": True, BROKEN: workshop.error}
         plan, runtime = read_plan(self._config[PLAN]), self._config[RUNTIME]
-        found = guarded(lambda: workshop.measure(plan, runtime, self._config[NODE]))
+        found = self._shared.attempt(lambda w: w.measure(plan, runtime, self._config[NODE]))
         if isinstance(found, Broken):
             return {"done": True, BROKEN: found.error}
         if isinstance(found, Failure):
@@ -85,5 +84,4 @@ class PlanJudge:
 
     def look(self, plan: Plan) -> tuple[Seen, ...] | Failure | Broken:
         """What the plan's network makes of the samples, or why it cannot be made."""
-        workshop = self._shared.workshop()
-        return workshop if isinstance(workshop, Broken) else guarded(lambda: workshop.look(plan))
+        return self._shared.attempt(lambda workshop: workshop.look(plan))

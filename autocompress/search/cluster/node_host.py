@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, final
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from autocompress.device import MachineFacts
 from autocompress.errors import DeviceError
@@ -21,12 +22,15 @@ from autocompress.files import write_whole
 from autocompress.measure.arrays import content_name, file_key, plain_name
 from autocompress.measure.host_interface import Child, Host
 from autocompress.search.cluster.device_node import FILE, ChildKey, Reply
+from autocompress.search.patience import may_pass
 
 # How long a device may be away, and its disk full, before a measurement is given up.
 AWAY_S, _FULL_S = 3600.0, 600.0
 _PAUSE_S = 1.0
 # A request is sent again if its files went meanwhile, which a full disk may do time and again.
 _ATTEMPTS = 5
+# Ray says so only in words: an actor that is restarted for ever, dead without ever having run.
+_NEVER_RAN = "never ran"
 
 
 @final
@@ -173,7 +177,7 @@ class NodeHost(Host):
             try:
                 return ray.get(getattr(self._node, method).remote(*arguments))
             except RayTaskError as cause:
-                if isinstance(cause.cause, OSError) and time.monotonic() - start < self._full_s:
+                if may_pass(cause.cause) and time.monotonic() - start < self._full_s:
                     time.sleep(_PAUSE_S)
                     continue
                 raise DeviceError(
@@ -182,6 +186,13 @@ class NodeHost(Host):
                     advice="see that its folder for temporary files can be written to",
                 ) from cause
             except RayError as cause:
+                if isinstance(cause, ActorDiedError) and _NEVER_RAN in str(cause):
+                    raise DeviceError(
+                        "The cluster ends what this machine starts in it before it runs.",
+                        given=f"RAY_AUTH_MODE={os.environ.get('RAY_AUTH_MODE', 'disabled')} here",
+                        allowed="tokens on all machines of a cluster, or on none",
+                        advice="set RAY_AUTH_MODE to token or disabled, as the head has it",
+                    ) from cause
                 # Whatever Ray raises: the node, or the way there, is not to be had at present.
                 if time.monotonic() - start > self._away_s:
                     raise DeviceError(

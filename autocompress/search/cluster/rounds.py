@@ -22,7 +22,7 @@ from autocompress.search.cluster.connect import Cluster
 from autocompress.search.cluster.halving import Halving, Rungs
 from autocompress.search.cluster.study_search import FINISHED
 from autocompress.search.cluster.tuning import Race, run_trials
-from autocompress.search.cluster.workshop import Broken, Failure, guarded
+from autocompress.search.cluster.workshop import Broken, Failure, Workshop
 from autocompress.search.survivors import ROUNDS, Shape, Trained, plan_of
 from autocompress.techniques import read_plan
 
@@ -52,15 +52,16 @@ class Survivor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
 
     def step(self) -> dict[str, Any]:
         """Train the next round, then build and measure its files."""
-        workshop, config = self._shared.workshop(), self._config
-        if isinstance(workshop, Broken):
-            return {"done": True, BROKEN: workshop.error}
+        config = self._config
         shape = Shape(read_plan(config[STEPS]), 0.0, _ways(config))
         watch = Watch(stop=lambda: time.time() > config[DEADLINE])
         found, reasons = [], []
         for way, runtime in shape.ways:
             plan = plan_of(shape, way, self._number)
-            result = guarded(partial(workshop.measure, plan, runtime, config[NODE], watch))
+            measure = partial(
+                Workshop.measure, plan=plan, runtime=runtime, node=config[NODE], watch=watch
+            )
+            result = self._shared.attempt(measure)
             if isinstance(result, Broken):
                 return {"done": True, BROKEN: result.error}
             if isinstance(result, Failure):

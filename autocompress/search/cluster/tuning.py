@@ -12,7 +12,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from autocompress.config import Objective
 from autocompress.search.cluster.candidate import SharedReference
-from autocompress.search.cluster.halving import LiveFirst
+from autocompress.search.cluster.live_first import LiveFirst
 from autocompress.search.cluster.study_search import Pump, StudySearch, TrialSource
 from autocompress.search.cluster.unkept import Unkept
 from autocompress.search.front import MAXIMISE

@@ -36,7 +36,7 @@ from autocompress.search.agenda import reason_of
 from autocompress.search.cluster.artifacts import Location
 from autocompress.search.cluster.node_host import NodeHost
 from autocompress.search.judge import Sample, Seen
-from autocompress.search.patience import Patience
+from autocompress.search.patience import Patience, may_pass
 from autocompress.workload import Workload
 from autocompress.workload.loading import WORKLOAD_PREFIX
 
@@ -228,12 +228,6 @@ class Broken:
     error: AutocompressError
 
 
-def is_full(error: BaseException) -> bool:
-    """Whether an error is a disk's or a network's that may have recovered a minute later."""
-    lasting = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-    return isinstance(error, OSError) and not isinstance(error, lasting)
-
-
 def guarded(
     call: Callable[[], ResultT], patience: Callable[[Callable[[], ResultT]], ResultT] | None = None
 ) -> ResultT | Failure | Broken:
@@ -242,7 +236,7 @@ def guarded(
     Args:
         patience: calls again while a disk is full; the usual one if left out.
     """
-    patience = patience or Patience(is_full, "a disk")
+    patience = patience or Patience(may_pass, "a disk")
     try:
         return patience(call)
     except DeviceError as error:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from autocompress.errors import DeviceError, ExportError
-from autocompress.search.cluster.workshop import Broken, Failure, guarded, is_full
-from autocompress.search.patience import Patience
+from autocompress.search.cluster.workshop import Broken, Failure, guarded
+from autocompress.search.patience import Patience, may_pass
 
 
 def raising(*errors: Exception) -> Callable[[], str]:
@@ -27,7 +27,7 @@ def raising(*errors: Exception) -> Callable[[], str]:
 def hasty(call: Callable[[], Any]) -> Any:
     """Patience that gives up after a few calls."""
     waited: list[float] = []
-    return Patience(is_full, "a disk", 10.0, clock=lambda: sum(waited), pause=waited.append)(call)
+    return Patience(may_pass, "a disk", 10.0, clock=lambda: sum(waited), pause=waited.append)(call)
 
 
 def test_a_plan_that_fails_has_a_reason() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.exceptions import ActorUnavailableError, RayTaskError
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from autocompress.device import MachineFacts
 from autocompress.errors import DeviceError, MeasurementError
@@ -160,6 +161,20 @@ def test_a_node_that_never_serves_again_ends_the_measurement(
     node.failures = [failure() for _ in range(100)]
     with pytest.raises(DeviceError, match=what):
         child.ask(request, 1.0)
+
+
+def test_an_actor_that_the_cluster_never_lets_run_is_not_waited_for(
+    tmp_path: Path, node: Node
+) -> None:
+    _, child, request = make(tmp_path, node)
+    died = ActorDiedErrorContext(actor_id=bytes(16), never_started=True)
+    node.failures = [ActorDiedError(died)]
+    with pytest.raises(DeviceError, match="before it runs") as caught:
+        child.ask(request, 1.0)
+    assert "RAY_AUTH_MODE" in str(caught.value)
+    # Once it has run, its death is that of its node.
+    node.failures = [ActorDiedError(ActorDiedErrorContext(actor_id=bytes(16)))]
+    assert child.ask(request, 1.0) == {"told": 7}
 
 
 def test_refusals_and_faults_of_the_node_are_told_apart(tmp_path: Path, node: Node) -> None:
