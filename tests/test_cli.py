@@ -247,7 +247,7 @@ def test_bad_experiments_are_exit_code_2_and_leave_nothing(
 
 def test_an_interrupt_is_exit_code_130_and_says_how_to_go_on(monkeypatch, capsys):
     # What newer versions of Typer return for an interrupt.
-    monkeypatch.setattr(cli, "app", lambda **_: 130)
+    monkeypatch.setattr(cli.program, "app", lambda **_: 130)
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 130
