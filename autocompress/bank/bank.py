@@ -35,7 +35,7 @@ _GRADIENTS = "gradients"
 # Gradients cost a backward pass, and importance needs no more samples.
 _GRADIENT_SAMPLES = 512
 # Counted up whenever a solver changes, so that no run goes on with what an older one solved.
-_SOLVERS = 3
+_SOLVERS = 4
 
 
 @final

@@ -21,7 +21,7 @@ from autocompress.techniques.importance import (
     nonzero_importance,
     taylor_importance,
 )
-from autocompress.techniques.reconstruction import removal_order
+from autocompress.techniques.removal import removal_order
 from autocompress.techniques.technique import GroupProblem, GroupTechnique, Stage
 
 

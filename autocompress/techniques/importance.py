@@ -15,7 +15,7 @@ from torch import Tensor
 
 from autocompress.errors import PlanError
 from autocompress.graph import Member
-from autocompress.techniques.reconstruction import consumer_columns
+from autocompress.techniques.removal import consumer_columns
 from autocompress.techniques.technique import GroupProblem, LayerStatistics
 
 _TINY = 1e-30
