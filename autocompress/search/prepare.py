@@ -6,11 +6,9 @@ import hashlib
 import inspect
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, final
-
-import torch
 
 from autocompress.bank import Bank
 from autocompress.bank.store import make_key, network_hash, tensors_hash
@@ -34,6 +32,7 @@ from autocompress.measure.host_interface import Host
 from autocompress.measure.meters import meter_for
 from autocompress.measure.runtimes import check_runtimes
 from autocompress.plan import Decision
+from autocompress.search.arrange import arranged
 from autocompress.search.limits import parse_limits
 from autocompress.search.progress import Progress
 from autocompress.search.run_folder import Identity, RunFolder
@@ -121,7 +120,7 @@ def prepare(
     progress.stage("check workload")
     for warning in check_workload(workload):
         progress.note(f"warning: {warning}")
-    workload = shuffle_calibration(workload)
+    workload = arranged(workload)
     progress.stage("trace network")
     graph = trace(workload.network, workload.example_inputs)
     space = build_space(graph, space_file, profile)
@@ -201,16 +200,6 @@ def _needs_labels(decision: Decision) -> bool:
     return (isinstance(decision, Recover) and decision.method == "fine_tune") or (
         isinstance(decision, Qat) and not decision.distil
     )
-
-
-def shuffle_calibration(workload: Workload) -> Workload:
-    """The workload with its calibration samples in a fixed random order.
-
-    Several steps read the first few only, and many data sets are sorted by class.
-    """
-    split = workload.calibration
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
-    return replace(workload, calibration=split.subset(order))
 
 
 def data_identity(workload: Workload) -> str:

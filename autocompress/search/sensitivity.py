@@ -47,8 +47,10 @@ _POWER = 2.0
 _LEAST = 1e-6
 # Samples of a pass: more do not make it more efficient.
 _PASS = 512
+# Values that a layer may give in a pass: several such tensors are held at a time.
+_PASS_VALUES = 1.5e8
 _TINY = 1e-12
-_VERSION = 2
+_VERSION = 3
 
 
 @final
@@ -168,7 +170,8 @@ class SensitivityRun:
         for (_, technique), changes in levels.items():
             by_technique.setdefault(technique, []).extend(thinned(changes, share))
         self._inputs = tuple(x[: self.samples] for x in inputs)
-        each = max(1, _PASS // self.samples - 1)
+        largest = max((x.out_channels * x.positions for x in bank.graph.layers), default=1)
+        each = max(1, int(min(_PASS, _PASS_VALUES / largest)) // self.samples - 1)
         identity = make_key(
             _VERSION, network_hash(bank.network), tensors_hash(self._inputs), class_scores,
             torch.get_num_threads(), bank.multiple,
@@ -273,7 +276,8 @@ def run_beside(
     for part, modules in enumerate(changes, 1):
         for name, module in modules.items():
             by_layer.setdefault(name, []).append((part, module))
-    batch = tuple(x.repeat(parts, *(1 for _ in x.shape[1:])) for x in inputs)
+    # Unlike `repeat`, this keeps the layout.
+    batch = tuple(torch.cat([x] * parts) for x in inputs)
     # In float32: the change of one layer to 8 bits is smaller than what bf16 rounds away.
     with torch.no_grad(), _hooks(network, by_layer, parts):
         outputs = flatten_outputs(network(*batch))

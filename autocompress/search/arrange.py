@@ -1,0 +1,30 @@
+"""A workload's samples in the order and the layout that the search likes best."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from autocompress.recover.layout import channels_last, takes_channels_last
+from autocompress.workload import Split, Workload
+
+
+def arranged(workload: Workload) -> Workload:
+    """The workload with its calibration samples in a fixed random order, images channels last.
+
+    Several steps read the first few samples only, and many data sets are sorted by class. The
+    layout of the samples is that of everything that convolutions make of them, and networks of
+    depthwise convolutions run half as long in it. Samples to train on are many, and stay as they
+    are.
+    """
+    split = workload.calibration
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    calibration, search = split.subset(order), workload.search_split
+    if takes_channels_last(workload.network, calibration.inputs):
+        calibration, search = (_channels_last(s) for s in (calibration, search))
+    return replace(workload, calibration=calibration, search_split=search)
+
+
+def _channels_last(split: Split) -> Split:
+    return Split(channels_last(split.inputs), split.targets)
