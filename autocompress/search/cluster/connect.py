@@ -24,7 +24,7 @@ from autocompress.search.cluster.node_host import NodeHost
 
 _TIDY_S = 5.0
 _CONNECT_S = 10.0
-_DEVICE_WAIT_S, _POLL_S = 30.0, 0.5
+_WAIT_S, _POLL_S = 30.0, 0.5
 _VARIABLES = {
     # Tune would write every result three times more; the study is what is kept.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -98,16 +98,16 @@ def joined(
         note: told of nodes that are left out.
 
     Raises:
-        ConfigError: there is no cluster at the address.
+        ConfigError: there is no cluster at the address, or nothing in it that builds.
         DeviceError: no node carries the device, or none that can be used.
     """
     set_variables()
     _init(address, profile)
     try:
-        nodes = _nodes(profile, _count_devices(profile, note), note)
+        found = _resources(profile, note)
+        nodes = _nodes(profile, int(found[resource_of(profile)]), note)
         try:
-            cpus = float(ray.cluster_resources().get("CPU", 0.0))
-            yield Cluster(nodes, cpus, address is None, resource_of(profile))
+            yield Cluster(nodes, found["CPU"], address is None, resource_of(profile))
         finally:
             for node in nodes:
                 _close(node.actor)
@@ -150,22 +150,25 @@ def _init(address: str | None, profile: DeviceProfile) -> None:
         ) from cause
 
 
-def _count_devices(profile: DeviceProfile, note: Callable[[str], None]) -> int:
-    """How many nodes carry the device; a cluster that has just been started is waited for.
+def _resources(profile: DeviceProfile, note: Callable[[str], None]) -> Mapping[str, float]:
+    """What all nodes have together; a cluster that has just been started is waited for.
 
     Raises:
-        DeviceError: none does.
+        DeviceError: none carries the device.
+        ConfigError: none has a CPU to build candidates with.
     """
-    resource, deadline = resource_of(profile), time.monotonic() + _DEVICE_WAIT_S
-    noted = False
-    while not (count := int(ray.cluster_resources().get(resource, 0))):
+    wanted, deadline, noted = (resource_of(profile), "CPU"), time.monotonic() + _WAIT_S, False
+    while True:
+        found = ray.cluster_resources()
+        missing = [name for name in wanted if found.get(name, 0) < 1]
+        if not missing:
+            return dict(found)
         if time.monotonic() > deadline:
-            raise _no_device(profile, ray.cluster_resources())
+            raise _no_cpu(found) if missing == ["CPU"] else _no_device(profile, found)
         if not noted:
-            note(f"no node carries {resource} yet; waiting {_DEVICE_WAIT_S:.0f} s for one")
+            note(f"no node has {' or '.join(missing)} yet; waiting {_WAIT_S:.0f} s for one")
             noted = True
         time.sleep(_POLL_S)
-    return count
 
 
 def _check_answers(address: str) -> None:
@@ -235,4 +238,13 @@ def _no_device(profile: DeviceProfile, resources: Mapping[str, float]) -> Device
             "on the device: ray start --address=HEAD:6379 "
             f"--resources='{{\"{resource_of(profile)}\": 1}}'"
         ),
+    )
+
+
+def _no_cpu(resources: Mapping[str, float]) -> ConfigError:
+    return ConfigError(
+        "No node of the cluster has a CPU to build candidates with.",
+        given=f"{resources.get('CPU', 0):g} CPUs on all nodes together",
+        allowed="a node that was started with --num-cpus of 1 or more",
+        advice="on a machine that is to build: ray start --address=HEAD:6379",
     )

@@ -21,6 +21,7 @@ from ray.cluster_utils import Cluster
 
 from autocompress.errors import ConfigError, DeviceError
 from autocompress.evaluate import Evaluation
+from autocompress.search.cluster import connect
 from autocompress.search.history import read_history
 from autocompress.search.prepare import Options
 from autocompress.search.record import TrialRecord
@@ -89,17 +90,29 @@ def test_a_run_goes_from_one_engine_to_the_other_and_back(
 
 
 @pytest.mark.slow
-def test_without_a_device_or_a_cluster_it_is_refused(
-    tiny_experiment: Callable[..., Path], tmp_path: Path, no_cluster: None
+def test_without_a_device_a_builder_or_a_cluster_it_is_refused(
+    tiny_experiment: Callable[..., Path],
+    tmp_path: Path,
+    no_cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     experiment, run = tiny_experiment(), tmp_path / "run"
     with pytest.raises(ConfigError, match="cannot be joined"):
         run_search(experiment, Options(run=run, engine="ray", address="127.0.0.1:1"))
+    monkeypatch.setattr(connect, "_WAIT_S", 2.0)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         with pytest.raises(DeviceError, match="carries the device") as caught:
             run_search(experiment, Options(run=run, engine="ray", address=cluster.address))
         assert "device:quick" in str(caught.value)
+    finally:
+        cluster.shutdown()
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "resources": {"device:quick": 1}}
+    )
+    try:
+        with pytest.raises(ConfigError, match="has a CPU"):
+            run_search(experiment, Options(run=run, engine="ray", address=cluster.address))
     finally:
         cluster.shutdown()
     assert not run.exists()
