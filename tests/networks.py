@@ -225,6 +225,22 @@ class Transformer(nn.Module):
         return self.head(x.mean(1))
 
 
+class Words(nn.Module):
+    """A table of 40 words, and one of positions that is smaller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(40, 12, padding_idx=0)
+        self.places = nn.Embedding(7, 12)
+        self.hidden = nn.Linear(12, 16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        places = torch.arange(tokens.shape[1]).expand_as(tokens)
+        x = self.words(tokens) + self.places(places)
+        return self.head(F.relu(self.hidden(x)).mean(1))
+
+
 _KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
     "residual": (Residual, ((2, 8, 8),)),
     "concat": (Concat, ((2, 6, 6),)),
@@ -236,9 +252,12 @@ _KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] =
     "two_inputs": (TwoInputs, ((2, 6, 6), (3,))),
     "reshaped": (Reshaped, ((2, 6, 6),)),
     "attention": (lambda: Transformer(12, SelfAttention(12, 4)), ((7, 6),)),
+    "words": (Words, ((7,),)),
     "fused_attention": (lambda: Transformer(10, FusedAttention(10, 4, 3)), ((7, 6),)),
 }
 NAMES = tuple(_KINDS)
+# Those all of whose layers are convolutions and matrix products.
+DENSE = tuple(name for name in NAMES if name != "words")
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,7 +281,10 @@ def make_case(name: str) -> Case:
     with torch.random.fork_rng():
         torch.manual_seed(NAMES.index(name))
         network = kind()
-        inputs = tuple(correlated(torch.randn(SAMPLES, *s, generator=generator)) for s in shapes)
+        drawn = [torch.randn(SAMPLES, *s, generator=generator) for s in shapes]
+        # Words, some of which are frequent and some of which are never read.
+        words = [(x.abs() * 12).long().clamp(max=39) for x in drawn]
+        inputs = tuple(words if name == "words" else map(correlated, drawn))
         enliven(network, inputs)
     return Case(name, network, inputs)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from autocompress.bank.gradients import collect_gradients
 from autocompress.bank.statistics import collect_statistics
 from autocompress.bank.store import VariantStore, make_key, network_hash, tensors_hash
+from autocompress.bank.usage import count_usage
 from autocompress.config import CalibrationSettings
 from autocompress.graph import ChannelGroup, Member, NetworkGraph
 from autocompress.graph.groups import dense_consumers, dense_producers
@@ -27,11 +28,13 @@ from autocompress.techniques.technique import (
     LayerStatistics,
     LayerTechnique,
     Variant,
+    bias_of,
 )
 
 _STATISTICS = "statistics"
 _STATISTICS_FIELDS = tuple(field.name for field in fields(LayerStatistics))
 _GRADIENTS = "gradients"
+_USAGE = "usage"
 # Gradients cost a backward pass, and importance needs no more samples.
 _GRADIENT_SAMPLES = 512
 # Counted up whenever a solver changes, so that no run goes on with what an older one solved.
@@ -45,6 +48,7 @@ class BankState:
 
     identity: str
     statistics: Mapping[str, LayerStatistics]
+    usage: Mapping[str, Tensor]
     gradients: Mapping[str, LayerGradients] | None
     inputs: tuple[Tensor, ...]
     variants: Mapping[str, Variant]
@@ -70,6 +74,7 @@ class Bank:
         self._store = VariantStore(folder)
         self._identity = ""
         self._statistics: dict[str, LayerStatistics] = {}
+        self._usage: dict[str, Tensor] = {}
         self._gradients: dict[str, LayerGradients] | None = None
         self._inputs: tuple[Tensor, ...] = ()
 
@@ -101,17 +106,27 @@ class Bank:
             name: LayerStatistics(*(stored[f"{name}|{field}"] for field in _STATISTICS_FIELDS))
             for name in {key.rpartition("|")[0] for key in stored}
         }
+        if any(layer.kind == "embedding" for layer in self.graph.layers):
+            self._usage = dict(self._cached(self._key(_USAGE), self._count, lasting=True))
+
+    def _count(self) -> Variant:
+        return count_usage(self.network, self.graph.layers, self._inputs)
 
     def state(self) -> BankState:
         """What was gathered and solved so far."""
         return BankState(
-            self._identity, self._statistics, self._gradients, self._inputs, self._store.held()
+            self._identity,
+            self._statistics,
+            self._usage,
+            self._gradients,
+            self._inputs,
+            self._store.held(),
         )
 
     def take(self, state: BankState) -> None:
         """Go on with what a bank of the same network has gathered and solved."""
         self._identity, self._inputs = state.identity, state.inputs
-        self._statistics = dict(state.statistics)
+        self._statistics, self._usage = dict(state.statistics), dict(state.usage)
         self._gradients = None if state.gradients is None else dict(state.gradients)
         for key, variant in state.variants.items():
             self._store.put(key, variant, lasting=False)
@@ -146,7 +161,7 @@ class Bank:
     ) -> LayerProblem:
         """The problem of a layer as a module has it, whose batch norm may be part of it."""
         weight = cast(Tensor, module.weight).detach()
-        bias = cast("Tensor | None", module.bias)
+        bias = bias_of(module)
         return LayerProblem(
             layer=self.graph.layer(layer),
             weight=weight.reshape(weight.shape[0], -1),
@@ -155,12 +170,13 @@ class Bank:
             free_bias=self.has_free_bias(layer),
             multiple=self.multiple,
             gradients=self.gradients(layer) if gradients else None,
+            usage=self._usage.get(layer),
         )
 
     def has_free_bias(self, layer: str) -> bool:
         """Whether a constant shift of the layer's output is absorbed by a bias or batch norm."""
         module = self.network.get_submodule(layer)
-        return module.bias is not None or layer in self.graph.norms
+        return bias_of(module) is not None or layer in self.graph.norms
 
     def order(self, group: ChannelGroup, technique: GroupTechnique, decision: Decision) -> Tensor:
         """The group's channels in the order of removal, shape (size,), int64."""

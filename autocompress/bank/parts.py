@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autocompress.graph import Layer
+from autocompress.graph.layers import LayerKind
 from autocompress.techniques.technique import LayerStatistics
 
 
@@ -23,7 +24,7 @@ def part_layer(original: Layer, part: nn.Module) -> Layer:
     groups = int(getattr(part, "groups", 1))
     return Layer(
         name=original.name,
-        kind=original.kind,
+        kind=_kind(original, part),
         in_channels=weight.shape[1] * groups,
         out_channels=weight.shape[0],
         kernel_size=tuple(weight.shape[2:]),
@@ -32,6 +33,12 @@ def part_layer(original: Layer, part: nn.Module) -> Layer:
         weights=sum(p.numel() for p in part.parameters(recurse=False)),
         stride=tuple(getattr(part, "stride", ())),
     )
+
+
+def _kind(original: Layer, part: nn.Module) -> LayerKind:
+    # Behind a narrower table there is a linear layer.
+    split = original.kind == "embedding" and not isinstance(part, nn.Embedding)
+    return "linear" if split else original.kind
 
 
 def part_statistics(

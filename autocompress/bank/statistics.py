@@ -93,7 +93,7 @@ def collect_statistics(
     handles = [
         network.get_submodule(layer.name).register_forward_pre_hook(gather(layer.name))
         for layer in layers
-        if layer.groups == 1
+        if layer.dense
     ]
     try:
         with torch.no_grad():

@@ -33,6 +33,7 @@ from autocompress.techniques.technique import (
     LayerProblem,
     LayerTechnique,
     Stage,
+    bias_of,
     unfolded,
 )
 
@@ -257,7 +258,7 @@ def _current_problem(
         gradients = None
         layer = bank.graph.layer(name)
         statistics = statistics and part_statistics(layer, parts, index, statistics)
-    bias, mask = cast("Tensor | None", part.bias), getattr(part, "weight_mask", None)
+    bias, mask = bias_of(part), getattr(part, "weight_mask", None)
     return LayerProblem(
         layer=part_layer(bank.graph.layer(name), part),
         weight=unfolded(part),

@@ -10,18 +10,23 @@ from autocompress.errors import ExportError
 
 MICROSOFT = "com.microsoft"
 LAYER_OPERATORS = ("Conv", "Gemm", "MatMul")
+TABLE_OPERATOR = "Gather"
 
 
-def layers_of(graph: onnx.GraphProto, weight: str) -> list[onnx.NodeProto]:
+def layers_of(graph: onnx.GraphProto, weight: str, *, tables: bool = False) -> list[onnx.NodeProto]:
     """The convolutions and matrix products that read a weight.
+
+    Args:
+        tables: whether it may be an embedding's table as well, from which rows are gathered.
 
     Raises:
         ExportError: there is none, or something else reads the weight too.
     """
     readers = [node for node in graph.node if weight in node.input]
+    places = dict.fromkeys(LAYER_OPERATORS, 1) | ({TABLE_OPERATOR: 0} if tables else {})
     wrong = [
         node.op_type for node in readers
-        if node.op_type not in LAYER_OPERATORS or node.input[1] != weight
+        if node.op_type not in places or node.input[places[node.op_type]] != weight
     ]  # fmt: skip
     if wrong or not readers:
         raise ExportError(

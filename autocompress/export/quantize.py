@@ -13,7 +13,7 @@ from autocompress.device import DeviceProfile
 from autocompress.errors import ExportError
 from autocompress.export.codes import WeightCodes, weight_codes
 from autocompress.export.dynamic import run_dynamically
-from autocompress.export.edit import layers_of
+from autocompress.export.edit import TABLE_OPERATOR, layers_of
 from autocompress.export.exporter import FloatModel, StoredIntegers
 from autocompress.export.nbits import BITS, GROUP_SIZE, OPERATOR, use_kernel
 from autocompress.export.observe import observe
@@ -70,7 +70,8 @@ def quantize(
     model = onnx.ModelProto()
     model.CopyFrom(floating.graph.model)
     operators = {
-        name: {node.op_type for node in layers_of(model.graph, name)} for name in chosen
+        name: {node.op_type for node in layers_of(model.graph, name, tables=True)}
+        for name in chosen
     }  # fmt: skip
     labels = {name: _label(layers[name], s, operators[name], device) for name, s in chosen.items()}
     if chosen or floating.codebooks:
@@ -120,20 +121,20 @@ def _label(layer: str, stored: StoredIntegers, operators: set[str], device: Devi
         ExportError: no runtime can run it so.
     """
     how = stored.how
-    _check(layer, stored)
+    _check(layer, stored, table=TABLE_OPERATOR in operators)
     if how.dynamic and how.activation_bits < _FLOAT:
         return "int8 dynamic"
     if how.activation_bits == 8:
         return "int8" if how.bits < _FLOAT else "int8 emulated"
     if how.activation_bits == 16:
         return "int16 emulated"
-    linear = "Conv" not in operators and BITS in device.kernels.get(OPERATOR, ())
+    linear = not operators & {"Conv", TABLE_OPERATOR} and BITS in device.kernels.get(OPERATOR, ())
     if linear and (how.bits, how.group_size) == (BITS, GROUP_SIZE):
         return "4-bit kernel"
     return "storage only"
 
 
-def _check(layer: str, stored: StoredIntegers) -> None:
+def _check(layer: str, stored: StoredIntegers, *, table: bool) -> None:
     how = stored.how
     wrong: tuple[tuple[bool, object, object], ...] = (
         (how.bits not in _WEIGHT_BITS, f"weights of {how.bits} bits", _WEIGHT_BITS),
@@ -145,6 +146,11 @@ def _check(layer: str, stored: StoredIntegers) -> None:
             how.dynamic and (how.activation_bits, how.bits == _FLOAT) != (8, False),
             f"dynamic inputs of {how.activation_bits} bits with weights of {how.bits}",
             "dynamic inputs of 8 bits with integer weights",
+        ),
+        (
+            table and how.activation_bits < _FLOAT,
+            f"an embedding with inputs of {how.activation_bits} bits",
+            "an embedding's inputs are numbers of entries: only its weights have bits",
         ),
         (
             how.dynamic and how.signed, "dynamic signed inputs",

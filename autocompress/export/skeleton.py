@@ -7,7 +7,7 @@ not in the graph, so one skeleton serves every pruning; a decomposed layer becom
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast, final
 
 import numpy as np
@@ -101,6 +101,7 @@ class Skeleton:
         self._constants = [i for i in model.graph.initializer if found[i.name] is None]
         self._sources = {name: source for name, source in found.items() if source is not None}
         self._layers = layers
+        self._tables = {n.input[0] for n in model.graph.node if n.op_type == "Gather"}
         del model.graph.initializer[:]
         self._model = model
 
@@ -122,18 +123,21 @@ class Skeleton:
         for name, source in self._sources.items():
             owner, _, field = source.parameter.rpartition(".")
             parts = _parts(network, owner) if owner in self._layers else (owner,)
+            read = name in self._tables
             if field == "weight" and len(parts) > 1:
                 replaced[name] = tuple(f"{part}.weight" for part in parts)
                 filled = [(f"{part}.weight", f"{part}.weight", part) for part in parts]
             else:
                 filled = [(name, f"{parts[-1]}.{field}".lstrip("."), parts[-1])]
-            for initializer, parameter, part in filled:
+            for index, (initializer, parameter, part) in enumerate(filled):
                 if parameter not in state:
                     raise ExportError("A candidate lacks a parameter.", given=parameter)
-                value = source.value(state[parameter])
+                # What a narrow table gives is multiplied by a linear layer's transposed weight.
+                transposed = source.transposed or (read and index > 0)
+                value = replace(source, transposed=transposed).value(state[parameter])
                 model.graph.initializer.append(numpy_helper.from_array(value, initializer))
                 if field == "weight" and owner in self._layers:
-                    sites[part] = WeightSite(initializer, int(source.transposed))
+                    sites[part] = WeightSite(initializer, int(transposed))
         shapes = {
             site.initializer: cast(Tensor, network.get_submodule(name).weight).shape[2:]
             for name, site in sites.items()
@@ -202,10 +206,24 @@ def _rewrite_nodes(
         weight = node.input[1] if len(node.input) > 1 else ""
         if weight in replaced and node.op_type in ("Conv", "Gemm", "MatMul"):
             nodes += _chain(node, replaced[weight], kernels)
+        elif node.op_type == "Gather" and node.input[0] in replaced:
+            nodes += _table_chain(node, *replaced[node.input[0]])
         else:
             nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _table_chain(node: onnx.NodeProto, table: str, weight: str) -> list[onnx.NodeProto]:
+    """The nodes of an embedding that became a narrower one and a linear layer."""
+    narrow = onnx.NodeProto()
+    narrow.CopyFrom(node)
+    narrow.name, narrow.input[0] = f"{node.name}_part0", table
+    narrow.output[0] = f"{node.output[0]}_part0"
+    wide = onnx.helper.make_node(
+        "MatMul", [narrow.output[0], weight], list(node.output), f"{node.name}_part1"
+    )
+    return [narrow, wide]
 
 
 def _chain(

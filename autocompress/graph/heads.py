@@ -47,7 +47,7 @@ def find_heads(
         layers: in order of their first call.
     """
     network = copy.deepcopy(network)
-    dense = [layer for layer in layers if layer.groups == 1]
+    dense = [layer for layer in layers if layer.dense]
     owners = [(n, m) for n, m in network.named_modules() if _is_owner(m)]
     found: dict[str, ChannelGroup] = {}
     # The innermost first: a count that an outer module keeps as well is not another attention.

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, final
 import torch
 from torch import Tensor, nn
 
-LayerKind = Literal["conv", "linear"]
+LayerKind = Literal["conv", "linear", "embedding"]
 LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.Linear)
 NORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -18,12 +18,16 @@ NORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 @final
 @dataclass(frozen=True)
 class Layer:
-    """One convolution or linear layer, as seen with the example inputs.
+    """One layer with a weight, as seen with the example inputs.
+
+    An embedding has a row for each entry of its table: its output channels are the entries, its
+    input channels their width, and it multiplies nothing.
 
     Attributes:
         name: the module's name in `network.named_modules()`.
         kernel_size: spatial kernel size; empty for linear layers.
-        positions: output positions (pixels, tokens) per sample, all calls together.
+        positions: output positions (pixels, tokens) per sample, all calls together; 0 for an
+            embedding.
         weights: number of weights, the bias included.
         stride: of every spatial dimension; empty for linear layers.
     """
@@ -42,6 +46,11 @@ class Layer:
     def in_features(self) -> int:
         """Length of one unfolded input row: channels times kernel size."""
         return self.in_channels // self.groups * math.prod(self.kernel_size)
+
+    @property
+    def dense(self) -> bool:
+        """Whether all its outputs read all its inputs, so that moments of the inputs serve it."""
+        return self.groups == 1 and self.kind != "embedding"
 
     @property
     def columns_per_channel(self) -> int:
@@ -67,6 +76,14 @@ def flatten_outputs(outputs: Any) -> list[Tensor]:
     return [tensor for value in values for tensor in flatten_outputs(value)]
 
 
+def is_table(network: nn.Module, module: nn.Module) -> bool:
+    """Whether a module is an embedding whose table nothing else of the network uses."""
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+        return False
+    owners = [m for m in network.modules() for p in m._parameters.values() if p is module.weight]
+    return len(owners) == 1
+
+
 def observe_layers(network: nn.Module, example_inputs: Sequence[Tensor]) -> tuple[Layer, ...]:
     """Run the network once and describe every layer that was called, in order of first call.
 
@@ -79,13 +96,16 @@ def observe_layers(network: nn.Module, example_inputs: Sequence[Tensor]) -> tupl
 
     def note(module: nn.Module, args: Any, output: Tensor) -> None:
         per_sample = output.numel() // output.shape[0]
+        if isinstance(module, nn.Embedding):
+            positions[module] = 0
+            return
         channels = module.out_features if isinstance(module, nn.Linear) else output.shape[1]
         positions[module] = positions.get(module, 0) + per_sample // channels
 
     handles = [
         module.register_forward_hook(note)
         for module in network.modules()
-        if isinstance(module, LAYER_TYPES)
+        if isinstance(module, LAYER_TYPES) or is_table(network, module)
     ]
     try:
         with torch.no_grad():
@@ -102,6 +122,9 @@ def _describe(name: str, module: nn.Module, positions: int) -> Layer:
         return Layer(
             name, "linear", module.in_features, module.out_features, (), 1, positions, weights
         )
+    if isinstance(module, nn.Embedding):
+        width, entries = module.embedding_dim, module.num_embeddings
+        return Layer(name, "embedding", width, entries, (), 1, positions, weights)
     conv = cast(nn.Conv2d, module)
     return Layer(
         name,

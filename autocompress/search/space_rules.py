@@ -62,7 +62,9 @@ class Rules:
         if isinstance(technique, GroupTechnique):
             return technique.choices(self.graph.group(target), offered, self.device)
         if isinstance(technique, LayerTechnique):
-            return technique.choices(self.graph.layer(target), offered, self.device)
+            layer = self.graph.layer(target)
+            suits = layer.kind in technique.kinds
+            return technique.choices(layer, offered, self.device) if suits else ()
         return technique.choices(self.graph, offered, self.device)
 
 

@@ -29,6 +29,7 @@ from autocompress.techniques.technique import (
     LayerTechnique,
     Stage,
     Variant,
+    bias_of,
 )
 
 _SMALLEST_SCALE = 1e-12
@@ -211,7 +212,7 @@ def coded(problem: LayerProblem, feedback: Feedback, found: Coded) -> Variant:
 def install_codebook(module: nn.Module, variant: Variant) -> nn.Module:
     """Give a layer the weight that a codebook stands for, and the buffers of `CodebookWeight`."""
     found = Coded(variant["codebook"], variant["codes"], variant["scale"])
-    weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
+    weight, bias = cast(Tensor, module.weight), bias_of(module)
     with torch.no_grad():
         weight.copy_(found.weight.reshape(weight.shape))
         if bias is not None:
@@ -246,4 +247,5 @@ CODEBOOK = LayerTechnique(
     solve=_solve,
     install=_install,
     stored_bytes=_stored_bytes,
+    kinds=("conv", "linear", "embedding"),
 )

@@ -32,6 +32,7 @@ from autocompress.techniques.technique import (
     LayerTechnique,
     Stage,
     Variant,
+    bias_of,
 )
 
 _LARGEST = 127
@@ -156,7 +157,7 @@ def _install(module: nn.Module, variant: Variant, decision: Decision, multiple: 
     assert isinstance(decision, EntropyGrid)
     if not decision.step:
         return module
-    weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
+    weight, bias = cast(Tensor, module.weight), bias_of(module)
     with torch.no_grad():
         weight.copy_(variant["weight"].reshape(weight.shape))
         if bias is not None:
@@ -191,5 +192,6 @@ ENTROPY_GRID = LayerTechnique(
     solve=_solve,
     install=_install,
     stored_bytes=_stored_bytes,
+    kinds=("conv", "linear", "embedding"),
     uses_gradients=lambda decision: isinstance(decision, EntropyGrid) and decision.step > 0,
 )

@@ -30,6 +30,8 @@ from autocompress.techniques.technique import LayerProblem, LayerTechnique, Stag
 from autocompress.techniques.tucker import tucker_factors
 
 _MEAN = "mean"
+# What an entry of an embedding that is never read counts, against the mean of all.
+_UNREAD = 0.1
 
 
 @final
@@ -81,6 +83,8 @@ def _solve(problem: LayerProblem, decision: Decision) -> Variant:
         PlanError: the layer cannot be decomposed so, or a CP fit is degenerate.
     """
     assert isinstance(decision, LowRank)
+    if problem.layer.kind == "embedding":
+        return _embedding_factors(problem, data_aware=decision.data_aware)
     layer, known = problem.layer, problem.statistics if decision.data_aware else None
     _check(layer, decision.kind)
     # Solvers fit to the moments of a problem's inputs, or without them to its weight alone.
@@ -136,8 +140,36 @@ def _svd_factors(problem: LayerProblem) -> tuple[Tensor, Tensor]:
     return first.float().contiguous(), second.float().contiguous()
 
 
+def _embedding_factors(problem: LayerProblem, *, data_aware: bool) -> Variant:
+    """A table and a linear layer of every rank, of an embedding.
+
+    With a table W and how often each entry is read as D, the directions are the eigenvectors of
+    `Wᵀ D W`: no others keep more of what is read. Entries never read count a little.
+
+    Returns:
+        The entries' coordinates, shape (entries, width), and the directions, shape (width, width),
+        the most important ones first in the last dimension of both.
+    """
+    weight = problem.weight.double()
+    counts = problem.usage if data_aware else None
+    usage = torch.ones(len(weight)).double() if counts is None else counts / counts.sum().clamp(1)
+    usage = usage / usage.mean().clamp(min=1e-30) + _UNREAD
+    _, directions = torch.linalg.eigh(weight.T @ (usage[:, None] * weight))
+    directions = directions.flip(1)
+    return {"0": (weight @ directions).float(), "1": directions.float().contiguous()}
+
+
 def _install(module: nn.Module, variant: Variant, decision: Decision, multiple: int) -> nn.Module:
     assert isinstance(decision, LowRank)
+    if isinstance(module, nn.Embedding):
+        table, directions = variant["0"], variant["1"]
+        full = min(table.shape)
+        rank = kept_rank(full, decision.rank_ratio, multiple)
+        narrow = nn.Embedding(len(table), rank, module.padding_idx)
+        narrow.weight = nn.Parameter(table[:, :rank].clone())
+        linear = nn.Linear(rank, module.embedding_dim, bias=False)
+        linear.weight = nn.Parameter(directions[:, :rank].clone())
+        return nn.Sequential(narrow, linear).train(module.training)
     parts = [variant[str(i)] for i in range(len(variant) - 1)]
     if decision.kind == "svd":
         rank = kept_rank(len(parts[0]), decision.rank_ratio, multiple)
@@ -162,4 +194,5 @@ LOW_RANK = LayerTechnique(
     install=_install,
     stored_bytes=_stored_bytes,
     shares_solve=_shares_solve,
+    kinds=("conv", "linear", "embedding"),
 )

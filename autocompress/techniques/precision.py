@@ -27,6 +27,7 @@ from autocompress.techniques.technique import (
     LayerTechnique,
     Stage,
     Variant,
+    bias_of,
 )
 
 GROUP_SIZE = 32
@@ -86,13 +87,15 @@ def _choices(
 
     Of decisions that come to the same for the layer the first is kept.
     """
-    operators = ("Conv",) if layer.kind == "conv" else ("Gemm", "MatMul")
+    operators = {"conv": ("Conv",), "linear": ("Gemm", "MatMul"), "embedding": ()}[layer.kind]
     listed = [set(device.kernels[name]) for name in operators if name in device.kernels]
     widths = {32} | (set.intersection(*listed) if listed else set[int]())
     distinct: dict[tuple[object, ...], Precision] = {}
     for decision in offered:
         assert isinstance(decision, Precision)
         changes = (decision.weight_bits, decision.activation_bits) != (32, 32)
+        # Entries of a table are as different as words are: one scale for all of them serves none.
+        changes &= layer.kind != "embedding" or decision.granularity != "tensor"
         if changes and decision.activation_bits in widths:
             distinct.setdefault(_effect(layer, decision), decision)
     return tuple(sorted(distinct.values(), key=_strength))
@@ -105,7 +108,7 @@ def _effect(layer: Layer, decision: Precision) -> tuple[object, ...]:
         whole = decision.granularity == "group" and layer.in_features <= GROUP_SIZE
         weight = (
             "channel" if whole else decision.granularity,
-            "nearest" if layer.groups > 1 else decision.rounding,
+            decision.rounding if layer.dense else "nearest",
             decision.bias_correction,
         )
     activation: tuple[object, ...] = ()
@@ -187,7 +190,7 @@ def _install(module: nn.Module, variant: Variant, decision: Decision, multiple: 
     assert isinstance(decision, Precision)
     if (decision.weight_bits, decision.activation_bits) == (32, 32):
         return module
-    weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
+    weight, bias = cast(Tensor, module.weight), bias_of(module)
     with torch.no_grad():
         weight.copy_(variant["weight"].reshape(weight.shape))
         if bias is not None and decision.bias_correction:
@@ -229,6 +232,7 @@ PRECISION = LayerTechnique(
     solve=_solve,
     install=_install,
     stored_bytes=_stored_bytes,
+    kinds=("conv", "linear", "embedding"),
     folds_norm=lambda decision: (
         isinstance(decision, Precision)
         and decision.granularity == "tensor"

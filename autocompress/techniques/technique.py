@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from autocompress.device import DeviceProfile
 from autocompress.graph import ChannelGroup, Layer, Member, NetworkGraph
+from autocompress.graph.layers import LayerKind
 from autocompress.plan import Decision
 
 Variant = Mapping[str, Tensor]
@@ -99,11 +100,13 @@ class LayerProblem:
     Attributes:
         weight: shape (out_channels, in_features), float32.
         bias: shape (out_channels,), or None.
-        statistics: None for grouped convolutions.
+        statistics: None for grouped convolutions and embeddings.
         free_bias: whether a constant shift of the output is absorbed, by a bias or a batch norm.
         multiple: channel counts that the device rewards are multiples of this.
         gradients: None unless the technique asked for them, and for grouped convolutions.
         mask: which weights a pruning of single weights left, shape of weight, bool; None is all.
+        usage: how often each entry of an embedding was read on calibration data, shape
+            (out_channels,), float64; None for other layers, and where it is not known.
     """
 
     layer: Layer
@@ -114,6 +117,7 @@ class LayerProblem:
     multiple: int
     gradients: LayerGradients | None = None
     mask: Tensor | None = None
+    usage: Tensor | None = None
 
     @property
     def frozen(self) -> Tensor:
@@ -196,6 +200,7 @@ class LayerTechnique:
         uses_gradients: whether a decision's problem must hold gradients.
         folds_norm: whether a decision needs the batch norm to be part of the layer before.
         shares_solve: whether `solve` ignores the levels for a decision like that.
+        kinds: of the layers that it can be applied to.
     """
 
     name: str
@@ -210,6 +215,7 @@ class LayerTechnique:
     uses_gradients: Callable[[Decision], bool] = no_gradients
     folds_norm: Callable[[Decision], bool] = keeps_norm
     shares_solve: Callable[[Decision], bool] = shares_always
+    kinds: tuple[LayerKind, ...] = ("conv", "linear")
 
 
 @final
@@ -281,6 +287,12 @@ class CodebookWeight:
     """
 
     code_bits: int
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """A layer's bias, shape (out,); None where it has none, as an embedding."""
+    bias = getattr(module, "bias", None)
+    return bias if isinstance(bias, Tensor) else None
 
 
 def unfolded(module: nn.Module) -> Tensor:

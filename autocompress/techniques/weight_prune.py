@@ -28,7 +28,13 @@ from autocompress.techniques.sparsity import (
     refitted,
     remove,
 )
-from autocompress.techniques.technique import LayerProblem, LayerTechnique, Stage, Variant
+from autocompress.techniques.technique import (
+    LayerProblem,
+    LayerTechnique,
+    Stage,
+    Variant,
+    bias_of,
+)
 
 # Weights of the reconstruction rule are kept at every multiple of one in so many.
 _STEPS = 20
@@ -207,7 +213,7 @@ def _install(module: nn.Module, variant: Variant, decision: Decision, multiple: 
             given=decision.sparsity,
             allowed=f"{pattern_sparsity(decision.pattern)}",
         )
-    weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
+    weight, bias = cast(Tensor, module.weight), bias_of(module)
     size = weight.numel()
     count = len(variant["order"])
     if decision.pattern == "unstructured":

@@ -59,7 +59,7 @@ def sample_by_sample(network: nn.Module, *inputs: Tensor) -> dict[str, LayerGrad
     """Weights' gradients, and those of a gate on every input channel, one sample at a time."""
     network = copy.deepcopy(network).eval()
     found = {}
-    for layer in layers_of(network, inputs):
+    for layer in (x for x in layers_of(network, inputs) if x.dense):
         module = network.get_submodule(layer.name)
         gate = torch.ones(layer.in_channels, requires_grad=True)
 
@@ -317,7 +317,7 @@ def test_every_dense_layer_of_every_network(name: str) -> None:
     steps: list[None] = []
     found = collect_gradients(case.network, graph.layers, inputs, lambda: steps.append(None))
     assert len(steps) == len(inputs[0]) // 32
-    assert set(found) == {layer.name for layer in graph.layers if layer.groups == 1}
+    assert set(found) == {layer.name for layer in graph.layers if layer.dense}
     for layer in graph.layers:
         if layer.name in found:
             gradients = found[layer.name]

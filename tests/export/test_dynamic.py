@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from marked import DYNAMIC, STATIC, float_model, integers, marked
 from models import assert_tidy, calibration, operators, optimized, relative_error, run_onnx, values
-from networks import NAMES, exporter_of, graph_of, make_case, make_device
+from networks import DENSE, exporter_of, graph_of, make_case, make_device
 
 from autocompress.errors import ExportError
 from autocompress.export import quantize
@@ -16,7 +16,7 @@ DEVICE = make_device()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DENSE)
 def test_every_layer_is_integer_and_close(name: str, bits: int, tmp_path: Path) -> None:
     floating = float_model(name, integers(bits, activation_bits=8, dynamic=True))
     quantized = quantize(floating, calibration(name), DEVICE)

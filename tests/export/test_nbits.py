@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from marked import KERNEL_DEVICE, float_model, integers
 from models import assert_tidy, calibration, operators, optimized, relative_error, run_onnx, values
-from networks import NAMES, graph_of, make_device
+from networks import DENSE, graph_of, make_device
 
 from autocompress.export import quantize, stored_weight_bytes
 from autocompress.export.nbits import pack_blocks
@@ -18,7 +18,7 @@ FOUR_BITS = integers(4, 32)
 CLOSENESS = 0.03
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DENSE)
 def test_linear_layers_run_on_the_kernel_and_others_are_unpacked(name: str, tmp_path: Path) -> None:
     floating = float_model(name, FOUR_BITS)
     quantized = quantize(floating, calibration(name), KERNEL_DEVICE)

@@ -22,7 +22,7 @@ from models import (
     run_onnx,
     values,
 )
-from networks import NAMES, exporter_of, make_case, make_device
+from networks import DENSE, exporter_of, make_case, make_device
 from onnx import helper, numpy_helper
 
 from autocompress.errors import ExportError
@@ -57,7 +57,7 @@ def unpacked_weights(model: onnx.ModelProto, floating: FloatModel) -> dict[str, 
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DENSE)
 def test_the_runtime_computes_with_the_float_models_weights(name: str, way: str) -> None:
     floating = float_model(name, WAYS[way])
     quantized = quantize(floating, calibration(name), DEVICE)
@@ -71,7 +71,7 @@ def test_the_runtime_computes_with_the_float_models_weights(name: str, way: str)
 
 
 @pytest.mark.parametrize("code_bits", [4, 8, 16])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DENSE)
 def test_codewords_are_looked_up(name: str, code_bits: int) -> None:
     floating = exporter_of(name).export(coded(make_case(name).network, code_bits))
     quantized = quantize(floating, calibration(name), DEVICE)

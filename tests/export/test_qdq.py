@@ -24,7 +24,7 @@ from models import (
     run_onnx,
     values,
 )
-from networks import NAMES, enliven, exporter_of, graph_of, make_case, make_device, run
+from networks import DENSE, enliven, exporter_of, graph_of, make_case, make_device, run
 from torch import Tensor, nn
 
 from autocompress.errors import ExportError
@@ -36,7 +36,7 @@ from autocompress.plan import Step
 # Root mean square error of an all-integer file, as a share of the float outputs' deviation.
 CLOSENESS = 0.08
 STEPS = {"plain": lambda name: (), "pruned": all_pruned, "decomposed": all_decomposed}
-SKELETAL = [name for name in NAMES if name != "reshaped"]
+SKELETAL = [name for name in DENSE if name != "reshaped"]
 DEVICE = make_device()
 
 

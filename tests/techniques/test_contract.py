@@ -114,6 +114,8 @@ def choices(
     if isinstance(technique, NetworkTechnique):
         return {NETWORK: technique.choices(graph, offered(technique), device)}
     targets = graph.groups if isinstance(technique, GroupTechnique) else graph.layers
+    if isinstance(technique, LayerTechnique):
+        targets = tuple(layer for layer in graph.layers if layer.kind in technique.kinds)
     made = {
         t.name: technique.choices(t, offered(technique), device)  # type: ignore[arg-type]
         for t in targets

@@ -83,6 +83,18 @@ def ray_start(host: str, python: Path, *options: str) -> subprocess.Popen[bytes]
     )  # fmt: skip
 
 
+def wait_for_port(python: Path, address: str) -> None:
+    """Until the head listens, which takes long on a busy machine; who joins too early gives up."""
+    host, port = address.split(":")
+    code = f"import socket; socket.create_connection(({host!r}, {port}), 1)"
+    deadline = time.monotonic() + 120
+    while subprocess.run(
+        inside("builder", str(python), "-c", code), capture_output=True
+    ).returncode:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+
+
 def test_a_cut_link_loses_nothing(
     hosts: None, device_python: Path, tiny_experiment: Callable[..., Path], tmp_path: Path
 ) -> None:
