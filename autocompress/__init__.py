@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from autocompress.search.front import Front as Front
     from autocompress.workload import Split as Split
     from autocompress.workload import Workload as Workload
+    from autocompress.workload import load_network as load_network
 
 __version__ = "0.1.0"
 
@@ -25,9 +26,10 @@ _LAZY = {
     "Split": "autocompress.workload",
     "Workload": "autocompress.workload",
     "load_coded": "autocompress.export.coding",
+    "load_network": "autocompress.workload",
 }
 
-__all__ = ["Front", "Split", "Workload", "load_coded", "search"]
+__all__ = ["Front", "Split", "Workload", "load_coded", "load_network", "search"]
 
 
 def __getattr__(name: str) -> object:

@@ -227,4 +227,5 @@ def workload() -> Workload:
         search_split=search,
         test_split=test,
         metric="accuracy",
+        dynamic_axes=({1: "length"}, {1: "length"}),
     )

@@ -176,7 +176,7 @@ def test_unsound_workloads_are_refused(changes, words):
         (count_calls, "changes when it is run in eval mode(.|\n)*calls"),
         (lambda m, s: s - s.mean(0), "depends on the other samples"),
         (lambda m, s: s / 0, "outputs hold NaN"),
-        (lambda m, s: {"logits": s}, "given:   dict"),
+        (lambda m, s: {"logits": {s}}, "given:   dict of .logits: set"),
         (lambda m, s: s.sum(), "batch in dimension 0"),
         (lambda m, s: (s, s.sum()), "batch in dimension 0"),
         (lambda m, s: s @ s, "does not run on its inputs: RuntimeError"),

@@ -19,6 +19,7 @@ from autocompress.graph import NetworkGraph
 from autocompress.graph.layers import flatten_outputs
 from autocompress.graph.norms import fold_batch_norms
 from autocompress.techniques.technique import CodebookWeight, IntegerWeight
+from autocompress.workload import Axes, other_sizes
 
 # Float logits may differ by this share of their largest magnitude: kernels sum in another order.
 PARITY_TOLERANCE = 1e-3
@@ -88,6 +89,7 @@ class Exporter:
         graph: its structure.
         example_inputs: batch in dimension 0.
         parity_inputs: a few calibration inputs on which PyTorch and ONNX are compared.
+        axes: those that are open besides the batch, compared at another size too.
 
     Raises:
         ExportError: the original network cannot be exported.
@@ -99,13 +101,16 @@ class Exporter:
         graph: NetworkGraph,
         example_inputs: tuple[Tensor, ...],
         parity_inputs: tuple[Tensor, ...],
+        axes: Sequence[Axes] = (),
     ) -> None:
         self._norms = graph.norms
         self._layers = tuple(layer.name for layer in graph.layers)
         self._example_inputs = example_inputs
-        self._parity_inputs = parity_inputs
+        self._axes = tuple(axes)
+        other = other_sizes(network, parity_inputs, axes)
+        self._parity_inputs = (parity_inputs, *([] if other is None else [other]))
         folded = fold_batch_norms(network, self._norms)
-        self._skeleton = Skeleton(folded, example_inputs, self._layers)
+        self._skeleton = Skeleton(folded, example_inputs, self._layers, self._axes)
 
     def export(self, network: nn.Module) -> FloatModel:
         """The float model of a stitched network, checked.
@@ -116,34 +121,27 @@ class Exporter:
         """
         folded = fold_batch_norms(network, self._norms)
         with torch.no_grad():
-            expected = flatten_outputs(network(*self._parity_inputs))
+            expected = [flatten_outputs(network(*inputs)) for inputs in self._parity_inputs]
         try:
             graph, fresh = self._skeleton.fill(folded), False
             parity = self._check(graph, expected)
         except ExportError:
             # A channel count that the graph holds as a constant: only a new export knows it.
-            graph, fresh = export_afresh(folded, self._example_inputs, self._layers), True
+            example = self._example_inputs
+            graph, fresh = export_afresh(folded, example, self._layers, self._axes), True
             parity = self._check(graph, expected)
         return FloatModel(graph, *_stored_weights(folded, graph), parity, fresh)
 
-    def _check(self, graph: Graph, expected: Sequence[Tensor]) -> float:
+    def _check(self, graph: Graph, expected: Sequence[Sequence[Tensor]]) -> float:
         try:
             onnx.checker.check_model(graph.model)
         except onnx.checker.ValidationError as cause:
             raise ExportError(f"The ONNX file is invalid: {cause}") from cause
-        inputs = [x.numpy() for x in self._parity_inputs]
-        outputs = run_float(graph.model, inputs, ())
         worst = 0.0
-        for name, (found, wanted) in enumerate(zip(outputs, expected, strict=True)):
-            reference = wanted.detach().numpy()
-            if found.shape != reference.shape:
-                raise ExportError(
-                    f"Output {name} has another shape in ONNX.",
-                    given=found.shape, allowed=reference.shape,
-                )  # fmt: skip
-            scale = float(np.abs(reference).max()) or 1.0
+        for inputs, wanted in zip(self._parity_inputs, expected, strict=True):
+            outputs = run_float(graph.model, [x.numpy() for x in inputs], ())
             # Not Python's max, which would drop a NaN.
-            worst = float(np.maximum(worst, np.abs(found - reference).max() / scale))
+            worst = float(np.maximum(worst, _difference(outputs, wanted)))
         if not worst <= PARITY_TOLERANCE:
             raise ExportError(
                 "The ONNX file does not compute what the network computes.",
@@ -151,6 +149,27 @@ class Exporter:
                 allowed=f"at most {PARITY_TOLERANCE:g}",
             )
         return worst
+
+
+def _difference(outputs: Sequence[NDArray[np.float32]], expected: Sequence[Tensor]) -> float:
+    """The largest difference, as a share of the output's largest magnitude; may be NaN.
+
+    Raises:
+        ExportError: an output has another shape.
+    """
+    worst = 0.0
+    for name, (found, wanted) in enumerate(zip(outputs, expected, strict=True)):
+        reference = wanted.detach().numpy()
+        if found.shape != reference.shape:
+            raise ExportError(
+                f"Output {name} has another shape in ONNX.",
+                given=found.shape, allowed=reference.shape,
+            )  # fmt: skip
+        # Masks and numbers of classes are outputs too, which cannot be subtracted as they are.
+        apart = np.abs(found.astype(np.float64) - reference).max(initial=0)
+        scale = float(np.abs(reference).max(initial=0)) or 1.0
+        worst = float(np.maximum(worst, apart / scale))
+    return worst
 
 
 def _stored_weights(

@@ -6,7 +6,7 @@ not in the graph, so one skeleton serves every pruning; a decomposed layer becom
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast, final
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from autocompress.errors import ExportError
 from autocompress.export.torch_export import export_graph, set_attribute
 from autocompress.techniques.decomposed import handlers
+from autocompress.workload import Axes
 
 Array = NDArray[np.float32]
 
@@ -56,18 +57,22 @@ class _Source:
 
 
 def export_afresh(
-    network: nn.Module, example_inputs: tuple[Tensor, ...], layers: tuple[str, ...]
+    network: nn.Module,
+    example_inputs: tuple[Tensor, ...],
+    layers: tuple[str, ...],
+    axes: Sequence[Axes] = (),
 ) -> Graph:
     """Export a network whose topology no skeleton covers.
 
     Args:
         network: batch norms folded.
         layers: names of the layers in the original network.
+        axes: those that are open besides the batch; see `Workload`.
 
     Raises:
         ExportError: PyTorch's exporter cannot handle the network.
     """
-    model = export_graph(network, example_inputs)
+    model = export_graph(network, example_inputs, axes)
     state = _arrays(network)
     names = [f"{part}.weight" for layer in layers for part in _parts(network, layer)]
     sites = {}
@@ -87,15 +92,20 @@ class Skeleton:
         network: the original network, batch norms folded.
         example_inputs: batch in dimension 0.
         layers: names of the layers that may be decomposed.
+        axes: those that are open besides the batch; see `Workload`.
 
     Raises:
         ExportError: PyTorch's exporter cannot handle the network.
     """
 
     def __init__(
-        self, network: nn.Module, example_inputs: tuple[Tensor, ...], layers: tuple[str, ...]
+        self,
+        network: nn.Module,
+        example_inputs: tuple[Tensor, ...],
+        layers: tuple[str, ...],
+        axes: Sequence[Axes] = (),
     ) -> None:
-        model = export_graph(network, example_inputs)
+        model = export_graph(network, example_inputs, axes)
         state = _arrays(network)
         found = {i.name: _find_source(i, state) for i in model.graph.initializer}
         self._constants = [i for i in model.graph.initializer if found[i.name] is None]

@@ -82,7 +82,8 @@ def stock_quantize(
         with _quiet(), tempfile.TemporaryDirectory(dir=target.parent) as folder:
             original, prepared, result = (Path(folder) / f"{n}.onnx" for n in "abc")
             onnx.save(model, original)
-            quant_pre_process(str(original), str(prepared))
+            # Its symbolic shapes give up on what transformers compute from an open length.
+            quant_pre_process(str(original), str(prepared), skip_symbolic_shape=_is_open(model))
             names = [entry.name for entry in model.graph.input]
             _quantize(prepared, result, _Reader(names, inputs), options)
             result.replace(target)
@@ -91,6 +92,15 @@ def stock_quantize(
         raise ExportError(
             f"ONNX Runtime's {options.mode} quantizer fails on this network: {cause}"
         ) from cause
+
+
+def _is_open(model: onnx.ModelProto) -> bool:
+    """Whether an axis besides the batch has no fixed size."""
+    return any(
+        not dim.HasField("dim_value")
+        for entry in model.graph.input
+        for dim in entry.type.tensor_type.shape.dim[1:]
+    )
 
 
 def _quantize(source: Path, target: Path, reader: _Reader, options: StockOptions) -> None:

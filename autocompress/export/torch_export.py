@@ -8,7 +8,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import numpy as np
@@ -18,10 +18,18 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from autocompress.errors import ExportError
+from autocompress.onnx_sizes import note_sizes
+from autocompress.workload import Axes, axis_sizes
+from autocompress.workload.inputs import BATCH_AXIS
 
 
-def export_graph(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
+def export_graph(
+    network: nn.Module, example_inputs: tuple[Tensor, ...], axes: Sequence[Axes] = ()
+) -> onnx.ModelProto:
     """Export a network in evaluation mode with a free batch dimension.
+
+    Args:
+        axes: further open axes; see `Workload`.
 
     Raises:
         ExportError: PyTorch's exporter cannot handle the network.
@@ -32,19 +40,22 @@ def export_graph(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> onnx
         with _quiet():
             program = torch.onnx.export(
                 network, inputs, dynamo=True, verbose=False,
-                dynamic_shapes=_free_batches(network, len(inputs)),
+                dynamic_shapes=_free_axes(network, len(inputs), axes),
             )  # fmt: skip
     except Exception as cause:
         raise ExportError(
             f"The network cannot be exported to ONNX: {_root_reason(cause)}",
             given=type(network).__name__,
-            allowed="a network that torch.onnx.export(dynamo=True) takes with a free batch size",
+            allowed="a network that torch.onnx.export(dynamo=True) takes with a free batch size"
+            + (" and its dynamic_axes open" if axes else ""),
             advice="see --debug for the exporter's own report",
         ) from cause
     assert program is not None
     model = program.model_proto
     free_flattened_channels(model)
-    return slim(model)
+    slim(model)
+    note_sizes(model, axis_sizes(example_inputs, axes))
+    return model
 
 
 @contextmanager
@@ -72,9 +83,12 @@ def _root_reason(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _free_batches(network: nn.Module, inputs: int) -> tuple[object, ...]:
-    """A free dimension 0 for every input, nested as the forward function takes them."""
-    shapes = tuple({0: torch.export.Dim("batch")} for _ in range(inputs))
+def _free_axes(network: nn.Module, inputs: int, axes: Sequence[Axes]) -> tuple[object, ...]:
+    """The open axes of every input, nested as the forward function takes them."""
+    # Of axes with a name only, the exporter finds out what sizes they may have.
+    batch = BATCH_AXIS if axes else torch.export.Dim(BATCH_AXIS)
+    named = (*axes, *({} for _ in range(inputs - len(axes))))
+    shapes = tuple({0: batch, **each} for each in named)
     for place, parameter in enumerate(inspect.signature(network.forward).parameters.values()):
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
             return (*shapes[:place], shapes[place:])

@@ -12,6 +12,7 @@ from onnx import helper
 
 from autocompress.errors import MeasurementError
 from autocompress.measure.session import Array
+from autocompress.onnx_sizes import noted_sizes
 
 _INTEGERS = np.integer
 
@@ -55,7 +56,8 @@ def random_inputs(
     Args:
         model: its inputs' first axes are the batch.
         batch_size: the size of the first axis, unless the model fixes it.
-        sizes: of the other axes that the model leaves open, by their names.
+        sizes: of the other axes that the model leaves open, by their names; by default those that
+            the file notes.
         seed: of the values.
 
     Raises:
@@ -63,10 +65,11 @@ def random_inputs(
     """
     generator = np.random.default_rng(seed)
     weights = {tensor.name for tensor in model.graph.initializer}
+    known = {**noted_sizes(model), **sizes}
     inputs = []
     for value in model.graph.input:
         if value.name not in weights:
-            shape = _shape(value, batch_size, sizes)
+            shape = _shape(value, batch_size, known)
             inputs.append(_values(value, shape, generator))
     return inputs
 

@@ -24,7 +24,7 @@ from autocompress.recover.training import train
 from autocompress.recover.training_types import TrainingReport
 from autocompress.techniques.codebook_tuning import TuneCodebooks
 from autocompress.workload import Split
-from autocompress.workload.types import describe
+from autocompress.workload.inputs import describe
 
 
 def tune_codebooks(

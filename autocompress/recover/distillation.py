@@ -13,7 +13,7 @@ from autocompress.errors import WorkloadError
 from autocompress.graph.layers import flatten_outputs
 from autocompress.recover.teacher import Teacher
 from autocompress.recover.training_types import Batch
-from autocompress.workload.types import describe
+from autocompress.workload.inputs import describe
 
 
 def hard_label_loss(outputs: Tensor, targets: Tensor) -> Tensor:

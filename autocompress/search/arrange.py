@@ -27,4 +27,4 @@ def arranged(workload: Workload) -> Workload:
 
 
 def _channels_last(split: Split) -> Split:
-    return Split(channels_last(split.inputs), split.targets)
+    return replace(split, inputs=channels_last(split.inputs))

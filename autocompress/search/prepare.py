@@ -133,7 +133,8 @@ def prepare(
         )
     progress.stage("export network")
     parity = tuple(x[:_PARITY_SAMPLES] for x in workload.calibration.inputs)
-    exporter = Exporter(workload.network, graph, workload.example_inputs, parity)
+    example, axes = workload.example_inputs, workload.dynamic_axes
+    exporter = Exporter(workload.network, graph, example, parity, axes)
     exporter.export(workload.network)
     identity = Identity(
         experiment,

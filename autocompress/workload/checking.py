@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.errors import WorkloadError
+from autocompress.workload.inputs import axis_sizes, describe
+from autocompress.workload.network import other_sizes
 from autocompress.workload.scoring import network_outputs, score
-from autocompress.workload.types import Array, Split, Workload, describe
+from autocompress.workload.types import Array, Split, Workload
 
 _CHECKED_SAMPLES = 64
 _ALLOWED_OVERLAP = 0.01
@@ -30,16 +32,17 @@ def check_workload(workload: Workload) -> tuple[str, ...]:
 
     Raises:
         WorkloadError: the splits are empty, overlap or do not fit the example inputs; inputs or
-            outputs are not finite; the network is in training mode, random, changed by being run
-            or dependent on its batch; targets or metric do not work.
+            outputs are not finite; open axes are fixed in the network; it is in training mode,
+            random, changed by being run or dependent on its batch; targets or metric do not work.
     """
     _check_mode(workload.network)
     for name, split in workload.splits().items():
-        _check_split(name, split, workload.example_inputs)
+        _check_split(name, split, workload)
     _check_place(workload)
     warnings = _check_overlap(workload.splits())
     samples = workload.search_split.subset(_CHECKED_SAMPLES)
     outputs = _check_network(workload.network, samples)
+    _check_axes(workload)
     if not callable(workload.metric):
         _check_targets(workload, outputs[0])
     value = score(workload.metric, outputs, samples.targets, outputs)
@@ -86,16 +89,20 @@ def _check_place(workload: Workload) -> None:
             )
 
 
-def _check_split(name: str, split: Split, example_inputs: tuple[Tensor, ...]) -> None:
+def _check_split(name: str, split: Split, workload: Workload) -> None:
     if len(split) == 0:
         raise WorkloadError(f"The split '{name}' is empty.", allowed="at least one sample")
     found = [(tuple(t.shape[1:]), t.dtype) for t in split.inputs]
-    expected = [(tuple(t.shape[1:]), t.dtype) for t in example_inputs]
+    expected = [(tuple(t.shape[1:]), t.dtype) for t in workload.example_inputs]
     if found != expected:
         raise WorkloadError(
             f"The inputs of split '{name}' do not fit example_inputs.",
             given=describe(split.inputs),
-            allowed=describe(example_inputs) + " (any batch)",
+            allowed=describe(workload.example_inputs) + " (any batch)",
+            advice="pad, cut or resize the samples to one size: dynamic_axes are open in the files "
+            "only, and figures are taken at one size"
+            if workload.dynamic_axes
+            else None,
         )
     for position, tensor in enumerate(split.inputs):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -163,6 +170,19 @@ def _check_network(network: nn.Module, samples: Split) -> tuple[Array, ...]:
             advice="use stored statistics in eval mode: F.batch_norm(..., training=self.training)",
         )
     return first
+
+
+def _check_axes(workload: Workload) -> None:
+    """An axis that is called open has to be so in the network, before it can be in a file."""
+    axes, inputs = workload.dynamic_axes, workload.example_inputs
+    if axes and other_sizes(copy.deepcopy(workload.network), inputs, axes) is None:
+        raise WorkloadError(
+            "The network runs at no other size of its dynamic_axes.",
+            given=", ".join(f"{n} of {size}" for n, size in axis_sizes(inputs, axes).items()),
+            allowed="axes that half, double or three quarters of the size works for",
+            advice="leave axes that the network fixes out of dynamic_axes, or rename those that "
+            "do not vary together",
+        )
 
 
 def _check_targets(workload: Workload, outputs: Array) -> None:

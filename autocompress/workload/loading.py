@@ -11,7 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 from autocompress.errors import AutocompressError, WorkloadError
-from autocompress.workload.types import Workload, describe
+from autocompress.workload.inputs import describe
+from autocompress.workload.types import Workload
 
 # Names of modules that users' files are imported as begin so.
 WORKLOAD_PREFIX = "_workload_"

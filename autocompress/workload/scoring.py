@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.errors import WorkloadError
-from autocompress.workload.types import Array, Metric, describe
+from autocompress.workload.inputs import describe
+from autocompress.workload.types import Array, Metric
 
 
 def network_outputs(

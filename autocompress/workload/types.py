@@ -9,8 +9,13 @@ from typing import Any, Literal, TypeAlias, final
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from autocompress.errors import WorkloadError
+from autocompress.workload.exported import raise_layers
+from autocompress.workload.inputs import Axes, Batch, as_axes, as_batch, describe, ordered
+from autocompress.workload.network import as_positional
+from autocompress.workload.pretrained import load_network
 
 Array: TypeAlias = npt.NDArray[Any]
 Metric: TypeAlias = Literal["accuracy", "agreement"] | Callable[[Any, Any], float]
@@ -22,8 +27,10 @@ class Split:
     """Samples with their targets; dimension 0 of every tensor counts the samples.
 
     Args:
-        inputs: one tensor per network input, each of shape (n, ...); a single tensor will do.
+        inputs: one tensor per network input, each of shape (n, ...); a single tensor will do, and
+            so will a mapping from the network's parameter names to tensors.
         targets: shape (n, ...), or None where the metric needs none.
+        input_names: of the inputs, in order; taken from a mapping.
 
     Raises:
         WorkloadError: no tensor, or tensors of different lengths.
@@ -31,9 +38,12 @@ class Split:
 
     inputs: tuple[Tensor, ...]
     targets: Tensor | None = None
+    input_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "inputs", _as_batch(self.inputs, "A split's inputs"))
+        batch = as_batch(self.inputs, self.input_names, "A split's inputs")
+        object.__setattr__(self, "inputs", batch.tensors)
+        object.__setattr__(self, "input_names", batch.names)
         if self.targets is None:
             return
         if not isinstance(self.targets, Tensor) or self.targets.ndim == 0:
@@ -60,7 +70,16 @@ class Split:
         else:
             index = torch.as_tensor(which, dtype=torch.long)
         targets = None if self.targets is None else self.targets[index]
-        return Split(tuple(tensor[index] for tensor in self.inputs), targets)
+        return Split(tuple(tensor[index] for tensor in self.inputs), targets, self.input_names)
+
+    def ordered(self, names: tuple[str, ...], what: str) -> Split:
+        """The split with its inputs in the order of some names; without names they stay.
+
+        Raises:
+            WorkloadError: it has other names; `what` begins the sentence.
+        """
+        inputs = ordered(Batch(self.inputs, self.input_names), names, what)
+        return Split(inputs, self.targets, names)
 
     def numpy_inputs(self) -> tuple[Array, ...]:
         """The inputs as numpy arrays, sharing memory where they can."""
@@ -73,8 +92,13 @@ class Workload:
     """A trained network and all that is needed to compress and judge it.
 
     Args:
-        network: trained, in eval mode; its outputs have the batch in dimension 0.
-        example_inputs: a batch of one or more per network input; a single tensor will do.
+        network: trained, in eval mode; its outputs have the batch in dimension 0 and are tensors,
+            or tuples, lists and mappings of them, which are taken in order, None left out. Or a
+            `torch.export.ExportedProgram` with a free batch, whose layers become modules again; or
+            a name that `load_network` takes.
+        example_inputs: a batch of one or more per network input; a single tensor will do. A
+            mapping from parameter names to tensors is for networks that are called by keyword:
+            then splits may be mappings too, and exported files name their inputs so.
         calibration: for statistics and ranges; needs no targets.
         train: for recovery; None leaves recovery out.
         search_split: judges candidates during the search.
@@ -83,9 +107,14 @@ class Workload:
             first output equals the integer target; `agreement`: the same against the original
             network's argmax; or a function of the outputs (one array, or a tuple of arrays where
             the network has several outputs) and the targets (an array or None).
+        dynamic_axes: per input, in order or by input name, the axes besides the batch that stay
+            open in the exported files, by axis their names: `({1: "length"}, {1: "length"})`.
+            Equal names are equal sizes. Figures are taken at the sizes of the inputs given.
+        input_names: the keywords that the network is called with; taken from a mapping.
 
     Raises:
-        WorkloadError: `example_inputs` are no batch of tensors.
+        WorkloadError: `example_inputs` are no batch of tensors, splits have other names, or the
+            `dynamic_axes` do not fit.
     """
 
     network: nn.Module
@@ -95,16 +124,33 @@ class Workload:
     search_split: Split
     test_split: Split
     metric: Metric = "accuracy"
+    dynamic_axes: tuple[Axes, ...] = ()
+    input_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        batch = _as_batch(self.example_inputs, "A workload's example_inputs")
-        if len(batch[0]) == 0:
+        batch = as_batch(self.example_inputs, self.input_names, "A workload's example_inputs")
+        if len(batch.tensors[0]) == 0:
             raise WorkloadError(
                 "A workload's example_inputs hold no sample.",
-                given=describe(batch),
+                given=describe(batch.tensors),
                 allowed="a batch of at least one in dimension 0",
             )
-        object.__setattr__(self, "example_inputs", batch)
+        changes: dict[str, object] = {
+            "example_inputs": batch.tensors,
+            "input_names": batch.names,
+            "dynamic_axes": as_axes(self.dynamic_axes, batch),
+        }
+        for name, split in self.splits().items():
+            changes[name] = split.ordered(batch.names, f"The inputs of split '{name}'")
+        network: object = self.network
+        if isinstance(network, str):
+            network = load_network(network)
+        if isinstance(network, ExportedProgram):
+            network = raise_layers(network, batch.tensors, batch.names)
+        if isinstance(network, nn.Module):
+            changes["network"] = as_positional(network, batch.names, batch.tensors)
+        for name, value in changes.items():
+            object.__setattr__(self, name, value)
 
     def splits(self) -> dict[str, Split]:
         """The splits that there are, by name."""
@@ -115,28 +161,3 @@ class Workload:
             "test_split": self.test_split,
         }
         return {name: split for name, split in named.items() if split is not None}
-
-
-def describe(value: object) -> str:
-    """The type, data type and shape of what was given, for an error's text."""
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of [" + ", ".join(describe(v) for v in value) + "]"
-    return type(value).__name__
-
-
-def _as_batch(tensors: object, what: str) -> tuple[Tensor, ...]:
-    batch = (tensors,) if isinstance(tensors, Tensor) else tensors
-    if (
-        not isinstance(batch, (tuple, list))
-        or not batch
-        or not all(isinstance(t, Tensor) and t.ndim > 0 for t in batch)
-        or len({len(t) for t in batch}) > 1
-    ):
-        raise WorkloadError(
-            f"{what} must be tensors that have the same number of samples.",
-            given=describe(tensors),
-            allowed="a torch.Tensor, or a tuple of them, with the samples in dimension 0",
-        )
-    return tuple(batch)

@@ -236,6 +236,8 @@ LAYOUT = [
     Case("Gather", (IMAGE,), {"axis": 2}, {1: np.array(-2)}),
     Case("Gather", (ROWS, np.array([[-1, 0, 2]]))),
     Case("GatherElements", (ROWS, np.array([[0, -1], [3, 2]])), {"axis": 1}),
+    Case("GatherND", (ROWS, np.array([[[0, -1], [1, 2]]]))),
+    Case("GatherND", (IMAGE, np.array([[0, 1], [-1, 0]]))),
     Case("Unsqueeze", (ROWS,), {}, {1: ints(-1, 0)}),
     Case("Unsqueeze", (ROWS,), {"axes": [1]}, opset=11),
     Case("Squeeze", (ROWS[:, None, :, None],), {}, {1: ints(-1)}),

@@ -9,6 +9,7 @@ from onnx import TensorProto, helper, shape_inference
 
 from autocompress.errors import MeasurementError
 from autocompress.measure.table.block import TensorType
+from autocompress.onnx_sizes import noted_sizes
 
 _MICROSOFT = "com.microsoft"
 
@@ -18,17 +19,19 @@ def tensor_types(model: onnx.ModelProto, batch_size: int) -> dict[str, TensorTyp
 
     Args:
         model: is not changed.
-        batch_size: takes the place of every input's first axis.
+        batch_size: takes the place of every input's first axis; other open axes have the sizes that
+            the model notes.
 
     Raises:
-        MeasurementError: an input has another axis of unknown size.
+        MeasurementError: an input has another axis of unknown size, which the file does not note.
     """
+    sizes = noted_sizes(model)
     stripped = _without_values(model)
     graph = stripped.graph
     constants = {i.name for i in graph.initializer}
     for entry in graph.input:
         if entry.name not in constants:
-            _fix_batch(entry, batch_size)
+            _fix_sizes(entry, batch_size, sizes)
     for entry in graph.output:
         entry.type.tensor_type.ClearField("shape")
     del graph.value_info[:]
@@ -56,18 +59,20 @@ def _without_values(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def _fix_batch(entry: onnx.ValueInfoProto, batch_size: int) -> None:
+def _fix_sizes(entry: onnx.ValueInfoProto, batch_size: int, sizes: Mapping[str, int]) -> None:
     dims = entry.type.tensor_type.shape.dim
-    if dims:
-        dims[0].Clear()
-        dims[0].dim_value = batch_size
+    for axis, dim in enumerate(dims):
+        size = batch_size if axis == 0 else sizes.get(dim.dim_param)
+        if size is not None:
+            dim.Clear()
+            dim.dim_value = size
     unknown = [d.dim_param or "?" for d in dims if not d.HasField("dim_value")]
     if unknown:
         raise MeasurementError(
             "An input of the model has an axis of unknown size.",
             given=f"{entry.name}: {', '.join(unknown)}",
-            allowed="only the first axis, the batch, may be open",
-            advice="export the model with fixed sizes",
+            allowed="the first axis, the batch, and axes whose sizes the file notes may be open",
+            advice="export the model with fixed sizes, or name the axis in Workload(dynamic_axes)",
         )
 
 

@@ -107,6 +107,17 @@ def _gather_elements(node: Node) -> Run:
     )
 
 
+def _gather_nd(node: Node) -> Run:
+    if node.value("batch_dims", 0):
+        raise node.refused("batch_dims is not covered")
+
+    # PyTorch counts negative indices from the end too.
+    def run(x: Any, index: Any) -> Any:
+        return x[tuple(index.to(torch.int64).unbind(-1))]
+
+    return run
+
+
 def _pad(node: Node) -> Run:
     rank, mode = len(node.shape(0)), node.value("mode", "constant")
     pads = node.ints("pads", 1)
@@ -169,6 +180,7 @@ LAYOUT: Final[Mapping[str, Callable[[Node], Any]]] = {
     "Flatten": _flatten,
     "Gather": _gather,
     "GatherElements": _gather_elements,
+    "GatherND": _gather_nd,
     "Pad": _pad,
     "Reshape": _reshape,
     "Slice": _slice,
