@@ -329,3 +329,24 @@ def test_ten_kills_at_random_moments_lose_and_double_nothing(tiny_experiment, tm
             "select count(*) from trial_user_attributes where key = 'evaluation'"
         ).fetchone()[0]
     assert kept == 30
+
+
+def test_inspect_says_what_can_be_changed_and_writes_nothing(call, tiny_experiment, tmp_path):
+    experiment = tiny_experiment()
+    before = sorted(tmp_path.rglob("*"))
+    result = call("inspect", experiment)
+    assert result.returncode == 0, result.stderr
+    assert all(len(line) <= 100 for line in result.stdout.splitlines())
+    for word in ("Conv2d", "filter_prune", "low_rank", "precision", "output", "becomes part of"):
+        assert word in result.stdout, word
+    data = json.loads(call("inspect", experiment, "--json").stdout)
+    assert [row["name"] for row in data["modules"]] == ["0", "1", "3", "4", "8"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_inspect_looks_at_a_network_that_cannot_be_exported(call, tiny_experiment):
+    experiment = tiny_experiment(workload=f"{HERE / 'tiny_workload.py'}:untraceable")
+    result = call("inspect", experiment)
+    assert result.returncode == 0, result.stderr
+    assert "A search refuses this network" in result.stdout
+    assert "Linear" in result.stdout

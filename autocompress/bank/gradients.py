@@ -54,7 +54,7 @@ def collect_gradients(
         WorkloadError: the outputs cannot be differentiated.
     """
     network = copy.deepcopy(network).eval().requires_grad_(False)
-    dense = [layer for layer in layers if layer.dense]
+    dense = [layer for layer in layers if layer.dense and layer.compressible]
     labels = torch.Generator().manual_seed(0)
     calls: dict[str, list[_Call]] = {}
 

@@ -67,7 +67,7 @@ def collect_statistics(
     rows_per_layer: int,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, LayerStatistics]:
-    """First and second moments of the inputs of every dense layer.
+    """First and second moments of the inputs of every dense layer that may be changed.
 
     Args:
         network: in evaluation mode; left as it was.
@@ -93,7 +93,7 @@ def collect_statistics(
     handles = [
         network.get_submodule(layer.name).register_forward_pre_hook(gather(layer.name))
         for layer in layers
-        if layer.dense
+        if layer.dense and layer.compressible
     ]
     try:
         with torch.no_grad():

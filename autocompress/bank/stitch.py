@@ -102,7 +102,7 @@ def check_stages(bank: Bank, plan: Plan) -> None:
     Raises:
         PlanError: it does not.
     """
-    known = [layer.name for layer in bank.graph.layers]
+    known = [layer.name for layer in bank.graph.layers if layer.compressible]
     decided: dict[tuple[str, Stage], str] = {}
     for technique in TECHNIQUES:
         if not isinstance(technique, LayerTechnique):
@@ -110,7 +110,7 @@ def check_stages(bank: Bank, plan: Plan) -> None:
         for target in plan.of(technique.name):
             if target not in known:
                 raise PlanError(
-                    f"The network has no layer '{target}'.",
+                    f"The network has no layer '{target}' that may be changed.",
                     given=f"{technique.name} of {target}",
                     allowed=", ".join(known),
                 )

@@ -4,10 +4,10 @@ Exit codes: 0 done, 1 nothing fits the limits of `pick` or `solve`, or a search 
 2 bad input, 130 interrupted.
 """
 
-from autocompress.cli import searching, choosing, measuring, coding  # isort: skip
+from autocompress.cli import inspecting, searching, choosing, measuring, coding  # isort: skip
 from autocompress.cli.program import main
 
 # Importing a module adds its commands, in the order of --help.
-COMMANDS = (searching, choosing, measuring, coding)
+COMMANDS = (inspecting, searching, choosing, measuring, coding)
 
 __all__ = ["main"]

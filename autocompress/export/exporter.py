@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -23,6 +24,8 @@ from autocompress.workload import Axes, other_sizes
 
 # Float logits may differ by this share of their largest magnitude: kernels sum in another order.
 PARITY_TOLERANCE = 1e-3
+# Of the changes that the graph must follow, as shares of a layer's mean weight.
+_NOISE, _LEAST_NOISE = 0.1, 0.1
 _INTEGERS, _CODEBOOK = "integer_weight", "codebook_weight"
 
 
@@ -91,6 +94,9 @@ class Exporter:
         parity_inputs: a few calibration inputs on which PyTorch and ONNX are compared.
         axes: those that are open besides the batch, compared at another size too.
 
+    Attributes:
+        faults: by a layer's name why its weight cannot be changed in the ONNX graph.
+
     Raises:
         ExportError: the original network cannot be exported.
     """
@@ -111,6 +117,11 @@ class Exporter:
         self._parity_inputs = (parity_inputs, *([] if other is None else [other]))
         folded = fold_batch_norms(network, self._norms)
         self._skeleton = Skeleton(folded, example_inputs, self._layers, self._axes)
+        plain = [layer.name for layer in graph.layers if layer.compressible]
+        self.faults = {
+            name: self._skeleton.faults[name] for name in plain if name in self._skeleton.faults
+        }
+        self.faults |= self._unfollowed(folded, [n for n in plain if n not in self.faults])
 
     def export(self, network: nn.Module) -> FloatModel:
         """The float model of a stitched network, checked.
@@ -131,6 +142,24 @@ class Exporter:
             graph, fresh = export_afresh(folded, example, self._layers, self._axes), True
             parity = self._check(graph, expected)
         return FloatModel(graph, *_stored_weights(folded, graph), parity, fresh)
+
+    def _unfollowed(self, folded: nn.Module, layers: Sequence[str]) -> dict[str, str]:
+        """Layers whose changes do not reach the graph, as where it holds a copy of the weight."""
+        if self._follows(folded, layers) or not self._follows(folded, ()):
+            return {}
+        wrong = [name for name in layers if not self._follows(folded, (name,))]
+        return dict.fromkeys(wrong, "a change of its weight does not reach the ONNX graph")
+
+    def _follows(self, folded: nn.Module, layers: Sequence[str]) -> bool:
+        """Whether the skeleton computes what the network does after small changes of layers."""
+        changed = shaken(folded, layers)
+        with torch.no_grad():
+            expected = [flatten_outputs(changed(*inputs)) for inputs in self._parity_inputs]
+        try:
+            self._check(self._skeleton.fill(changed), expected)
+        except ExportError:
+            return False
+        return True
 
     def _check(self, graph: Graph, expected: Sequence[Sequence[Tensor]]) -> float:
         try:
@@ -170,6 +199,18 @@ def _difference(outputs: Sequence[NDArray[np.float32]], expected: Sequence[Tenso
         scale = float(np.abs(reference).max(initial=0)) or 1.0
         worst = float(np.maximum(worst, apart / scale))
     return worst
+
+
+def shaken(network: nn.Module, layers: Sequence[str]) -> nn.Module:
+    """A copy of a network with noise on the weights and biases of some layers."""
+    changed = copy.deepcopy(network)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name in layers:
+            for parameter in changed.get_submodule(name).parameters():
+                size = _NOISE * (float(parameter.abs().mean()) or _LEAST_NOISE)
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return changed
 
 
 def _stored_weights(

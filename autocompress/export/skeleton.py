@@ -10,18 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast, final
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
 from autocompress.errors import ExportError
-from autocompress.export.torch_export import export_graph, set_attribute
+from autocompress.export.sources import export_distinct, parameter_arrays, site_faults
+from autocompress.export.torch_export import set_attribute
 from autocompress.techniques.decomposed import handlers
 from autocompress.workload import Axes
-
-Array = NDArray[np.float32]
 
 
 @final
@@ -42,20 +39,6 @@ class Graph:
     sites: Mapping[str, WeightSite]
 
 
-@final
-@dataclass(frozen=True)
-class _Source:
-    """The parameter that an initializer holds: as it is, transposed, or in another shape."""
-
-    parameter: str
-    transposed: bool = False
-    shape: tuple[int, ...] | None = None
-
-    def value(self, parameter: Array) -> Array:
-        value = parameter.T if self.transposed else parameter
-        return np.ascontiguousarray(value if self.shape is None else value.reshape(self.shape))
-
-
 def export_afresh(
     network: nn.Module,
     example_inputs: tuple[Tensor, ...],
@@ -72,15 +55,13 @@ def export_afresh(
     Raises:
         ExportError: PyTorch's exporter cannot handle the network.
     """
-    model = export_graph(network, example_inputs, axes)
-    state = _arrays(network)
+    model, sources = export_distinct(network, example_inputs, axes)
     names = [f"{part}.weight" for layer in layers for part in _parts(network, layer)]
-    sites = {}
-    for initializer in model.graph.initializer:
-        source = _find_source(initializer, state)
-        if source is not None and source.parameter in names:
-            owner = source.parameter.removesuffix(".weight")
-            sites[owner] = WeightSite(initializer.name, int(source.transposed))
+    sites = {
+        source.parameter.removesuffix(".weight"): WeightSite(name, int(source.transposed))
+        for name, source in sources.items()
+        if source.parameter in names
+    }
     return Graph(model, sites)
 
 
@@ -94,6 +75,9 @@ class Skeleton:
         layers: names of the layers that may be decomposed.
         axes: those that are open besides the batch; see `Workload`.
 
+    Attributes:
+        faults: by a layer's name why the graph cannot follow a change of its weight.
+
     Raises:
         ExportError: PyTorch's exporter cannot handle the network.
     """
@@ -105,13 +89,11 @@ class Skeleton:
         layers: tuple[str, ...],
         axes: Sequence[Axes] = (),
     ) -> None:
-        model = export_graph(network, example_inputs, axes)
-        state = _arrays(network)
-        found = {i.name: _find_source(i, state) for i in model.graph.initializer}
-        self._constants = [i for i in model.graph.initializer if found[i.name] is None]
-        self._sources = {name: source for name, source in found.items() if source is not None}
+        model, self._sources = export_distinct(network, example_inputs, axes)
+        self._constants = [i for i in model.graph.initializer if i.name not in self._sources]
         self._layers = layers
         self._tables = {n.input[0] for n in model.graph.node if n.op_type == "Gather"}
+        self.faults = site_faults(model.graph, self._sources, layers)
         del model.graph.initializer[:]
         self._model = model
 
@@ -124,7 +106,7 @@ class Skeleton:
         Raises:
             ExportError: the candidate lacks a parameter that the skeleton needs.
         """
-        state = _arrays(network)
+        state = parameter_arrays(network)
         model = onnx.ModelProto()
         model.CopyFrom(self._model)
         model.graph.initializer.extend(self._constants)
@@ -157,34 +139,12 @@ class Skeleton:
         return Graph(model, sites)
 
 
-def _arrays(network: nn.Module) -> dict[str, Array]:
-    return {k: v.detach().cpu().numpy() for k, v in network.state_dict().items()}
-
-
 def _parts(network: nn.Module, layer: str) -> tuple[str, ...]:
     """The modules that a layer consists of now: itself, or those of its decomposition."""
     module = network.get_submodule(layer)
     if isinstance(module, nn.Sequential):
         return tuple(f"{layer}.{part}" for part, _ in module.named_children())
     return (layer,)
-
-
-def _find_source(initializer: onnx.TensorProto, state: Mapping[str, Array]) -> _Source | None:
-    """The parameter that an initializer holds, by name, else by content."""
-    value = numpy_helper.to_array(initializer)
-    if initializer.name in state and state[initializer.name].shape == value.shape:
-        return _Source(initializer.name)
-    if value.dtype != np.float32 or value.size < 2:
-        return None
-    for name, parameter in state.items():
-        if parameter.size != value.size or parameter.dtype != value.dtype:
-            continue
-        if parameter.ndim == 2 and np.array_equal(parameter.T, value):
-            return _Source(name, transposed=True)
-        wide = [size for size in value.shape if size > 1]
-        if len(wide) == 1 and np.array_equal(parameter.reshape(-1), value.reshape(-1)):
-            return _Source(name, shape=tuple(-1 if size > 1 else 1 for size in value.shape))
-    return None
 
 
 def _set_groups(

@@ -16,6 +16,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autocompress.errors import ExportError
 from autocompress.onnx_sizes import note_sizes
@@ -37,11 +38,12 @@ def export_graph(
     # A batch of one would be taken for a constant.
     inputs = tuple(x if len(x) > 1 else torch.cat([x, x]) for x in example_inputs)
     try:
-        with _quiet():
-            program = torch.onnx.export(
-                network, inputs, dynamo=True, verbose=False,
-                dynamic_shapes=_free_axes(network, len(inputs), axes),
-            )  # fmt: skip
+        try:
+            model = _export(network, inputs, axes)
+        except Exception:
+            # A fused attention kernel may leave a memory layout that the exporter takes for fixed.
+            with sdpa_kernel(SDPBackend.MATH):
+                model = _export(network, inputs, axes)
     except Exception as cause:
         raise ExportError(
             f"The network cannot be exported to ONNX: {_root_reason(cause)}",
@@ -50,11 +52,22 @@ def export_graph(
             + (" and its dynamic_axes open" if axes else ""),
             advice="see --debug for the exporter's own report",
         ) from cause
-    assert program is not None
-    model = program.model_proto
     free_flattened_channels(model)
     slim(model)
     note_sizes(model, axis_sizes(example_inputs, axes))
+    return model
+
+
+def _export(
+    network: nn.Module, inputs: tuple[Tensor, ...], axes: Sequence[Axes]
+) -> onnx.ModelProto:
+    with _quiet():
+        program = torch.onnx.export(
+            network, inputs, dynamo=True, verbose=False,
+            dynamic_shapes=_free_axes(network, len(inputs), axes),
+        )  # fmt: skip
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
     return model
 
 

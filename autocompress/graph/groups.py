@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
@@ -13,11 +13,14 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from autocompress.errors import GraphError
+from autocompress.graph.endless import EndlessGroup, bounded_groups
 from autocompress.graph.layers import LAYER_TYPES, NORM_TYPES, flatten_outputs
 
 Side = Literal["out", "in"]
 # The last part of the name of a group of attention heads, after that of its module.
 HEADS = "heads"
+# Groups without an end that are waited for: each costs seconds.
+_MOST_ENDLESS = 2
 _SLICEABLE = (*LAYER_TYPES, *NORM_TYPES, nn.PReLU, nn.LayerNorm)
 
 
@@ -119,7 +122,10 @@ def _cut_layer_norm(norm: nn.LayerNorm, indices: Sequence[int]) -> None:
 
 
 def find_groups(
-    network: nn.Module, example_inputs: tuple[Tensor, ...], heads: Sequence[ChannelGroup] = ()
+    network: nn.Module,
+    example_inputs: tuple[Tensor, ...],
+    heads: Sequence[ChannelGroup] = (),
+    spared: Collection[str] = (),
 ) -> tuple[ChannelGroup, ...]:
     """Every channel group of a network, by torch-pruning's dependency graph (Fang et al., 2023).
 
@@ -127,6 +133,7 @@ def find_groups(
 
     Args:
         heads: groups of attention heads; single channels of theirs are not prunable.
+        spared: layers that are left as they are; groups that run through them are not prunable.
 
     Raises:
         GraphError: the network cannot be traced.
@@ -137,7 +144,8 @@ def find_groups(
             graph = tp.DependencyGraph().build_dependency(
                 network, example_inputs=example_inputs, verbose=False
             )
-        raw = list(graph.get_all_groups())
+        with bounded_groups():
+            raw = list(_raw_groups(graph, names))
     except Exception as cause:
         raise GraphError(
             f"The network cannot be traced: {type(cause).__name__}: {cause}",
@@ -145,7 +153,7 @@ def find_groups(
             allowed="a network whose forward pass is differentiable PyTorch code",
             advice="check that network(*example_inputs) runs, and see --debug for the traceback",
         ) from cause
-    groups = [_outside_heads(_read_group(graph, items, names), heads) for items in raw]
+    groups = [sparing(_outside_heads(group, heads), spared) for group in raw]
     with torch.no_grad():
         outputs = _output_shapes(network(*example_inputs))
         tried = [
@@ -154,6 +162,40 @@ def find_groups(
         ]
     order = {name: i for i, name in enumerate(names.values())}
     return tuple(sorted((*heads, *tried), key=lambda group: order[_first_module(group)]))
+
+
+def _raw_groups(graph: Any, names: dict[Any, str]) -> Iterator[ChannelGroup]:
+    """Groups as torch-pruning finds them; a layer whose group has no end has one with a reason."""
+    seen = set[nn.Module]()
+    endless = 0
+    for module in list(graph.module2node):
+        pruner = graph.get_pruner_of_module(module) if isinstance(module, LAYER_TYPES) else None
+        if module in seen or pruner is None or pruner.get_out_channels(module) is None:
+            continue
+        size = pruner.get_out_channels(module)
+        unknown = ChannelGroup(names[module], size, (), "its dependencies have no end")
+        if endless == _MOST_ENDLESS:
+            yield unknown
+            continue
+        try:
+            items = graph.get_pruning_group(module, pruner.prune_out_channels, list(range(size)))
+            group = _read_group(graph, items, names)
+        except EndlessGroup:
+            endless += 1
+            yield unknown
+            continue
+        seen |= {
+            dep.target.module for dep, _ in items if graph.is_out_channel_pruning_fn(dep.handler)
+        }
+        yield group
+
+
+def sparing(group: ChannelGroup, spared: Collection[str]) -> ChannelGroup:
+    """The group, not prunable where it runs through a layer that is left as it is."""
+    odd = [member.module for member in group.members if member.module in spared]
+    if group.reason or not odd:
+        return group
+    return replace(group, reason=f"it runs through {odd[0]}, which is left as it is")
 
 
 def _first_module(group: ChannelGroup) -> str:
@@ -195,6 +237,8 @@ def _read_group(graph: Any, items: Any, names: dict[Any, str]) -> ChannelGroup:
             continue
         if isinstance(module, (nn.Conv1d, nn.Conv2d)) and 1 < module.groups < module.out_channels:
             reason = reason or f"{name} is a grouped convolution"
+        if max(plain) >= _width(module, side):
+            reason = reason or f"channels do not map onto those of {name}"
         members[(name, side, plain)] = Member(name, side, plain, len(plain) // root_size)
     order = {name: i for i, name in enumerate(names.values())}
     ordered = sorted(members.values(), key=lambda m: (m.side == "in", order[m.module]))
@@ -205,6 +249,15 @@ def _read_group(graph: Any, items: Any, names: dict[Any, str]) -> ChannelGroup:
     extra = f"+{len(set(producers)) - 1}" if len(set(producers)) > 1 else ""
     label = (producers or [ordered[0].module])[0]
     return ChannelGroup(label + extra, root_size, tuple(ordered), reason)
+
+
+def _width(module: nn.Module, side: Side) -> float:
+    """Channels on one side of a layer; no limit is known for other modules."""
+    if isinstance(module, nn.Linear):
+        return module.out_features if side == "out" else module.in_features
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return module.out_channels if side == "out" else module.in_channels
+    return math.inf
 
 
 def _is_dense(names: dict[Any, str], name: str) -> bool:
@@ -248,8 +301,10 @@ def _try_out(
     try:
         remove_channels(trial, [(group, [group.size - 1])])
         shapes = _output_shapes(trial(*example_inputs))
-    except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as cause:
-        return f"the network fails without one of its channels: {str(cause).splitlines()[0][:120]}"
+    except Exception as cause:
+        # A user's forward pass may raise anything.
+        text = (str(cause).splitlines() or [type(cause).__name__])[0][:120]
+        return f"the network fails without one of its channels: {text}"
     if shapes != outputs:
         return "it reaches the network's output"
     return ""

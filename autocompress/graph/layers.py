@@ -30,6 +30,8 @@ class Layer:
             embedding.
         weights: number of weights, the bias included.
         stride: of every spatial dimension; empty for linear layers.
+        reason: why no technique may change it; empty if they may.
+        undivided: why it can't be replaced by several layers; empty if it can.
     """
 
     name: str
@@ -41,6 +43,13 @@ class Layer:
     positions: int
     weights: int
     stride: tuple[int, ...] = ()
+    reason: str = ""
+    undivided: str = ""
+
+    @property
+    def compressible(self) -> bool:
+        """Whether techniques may change it."""
+        return not self.reason
 
     @property
     def in_features(self) -> int:
@@ -92,15 +101,12 @@ def observe_layers(network: nn.Module, example_inputs: Sequence[Tensor]) -> tupl
         example_inputs: inputs with the batch in dimension 0.
     """
     names = {module: name for name, module in network.named_modules()}
-    positions: dict[nn.Module, int] = {}
+    samples = len(example_inputs[0])
+    rows: dict[nn.Module, int] = {}
 
     def note(module: nn.Module, args: Any, output: Tensor) -> None:
-        per_sample = output.numel() // output.shape[0]
-        if isinstance(module, nn.Embedding):
-            positions[module] = 0
-            return
         channels = module.out_features if isinstance(module, nn.Linear) else output.shape[1]
-        positions[module] = positions.get(module, 0) + per_sample // channels
+        rows[module] = rows.get(module, 0) + output.numel() // channels
 
     handles = [
         module.register_forward_hook(note)
@@ -113,7 +119,10 @@ def observe_layers(network: nn.Module, example_inputs: Sequence[Tensor]) -> tupl
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(_describe(names[module], module, count) for module, count in positions.items())
+    # Windows and tokens may have been moved into the batch: samples are those of the inputs.
+    return tuple(
+        _describe(names[module], module, max(1, count // samples)) for module, count in rows.items()
+    )
 
 
 def _describe(name: str, module: nn.Module, positions: int) -> Layer:
@@ -124,7 +133,7 @@ def _describe(name: str, module: nn.Module, positions: int) -> Layer:
         )
     if isinstance(module, nn.Embedding):
         width, entries = module.embedding_dim, module.num_embeddings
-        return Layer(name, "embedding", width, entries, (), 1, positions, weights)
+        return Layer(name, "embedding", width, entries, (), 1, 0, weights)
     conv = cast(nn.Conv2d, module)
     return Layer(
         name,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from autocompress.errors import GraphError
-from autocompress.graph.groups import ChannelGroup, find_groups
+from autocompress.graph.groups import ChannelGroup, find_groups, sparing
 from autocompress.graph.heads import find_heads
 from autocompress.graph.layers import (
     LAYER_TYPES,
@@ -20,6 +20,7 @@ from autocompress.graph.layers import (
     flatten_outputs,
     observe_layers,
 )
+from autocompress.graph.plain import division_faults, layer_faults, names_of
 
 
 @final
@@ -31,11 +32,13 @@ class NetworkGraph:
         layers: convolution and linear layers in order of their first call.
         groups: coupled channel groups and attention heads, prunable or with the reason why not.
         norms: for a layer whose output goes into one batch norm only, that norm's name.
+        notes: what could not be found out, and why.
     """
 
     layers: tuple[Layer, ...]
     groups: tuple[ChannelGroup, ...]
     norms: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
     def layer(self, name: str) -> Layer:
         """The layer of that name."""
@@ -50,6 +53,16 @@ class NetworkGraph:
         """Multiply-accumulates per sample of all layers."""
         return sum(layer.macs for layer in self.layers)
 
+    def leaving(self, reasons: Mapping[str, str]) -> NetworkGraph:
+        """The graph with further layers left as they are, and the groups that run through them.
+
+        Args:
+            reasons: by a layer's name why it is left.
+        """
+        layers = tuple(replace(x, reason=x.reason or reasons.get(x.name, "")) for x in self.layers)
+        groups = tuple(sparing(group, reasons) for group in self.groups)
+        return replace(self, layers=layers, groups=groups)
+
 
 def trace(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> NetworkGraph:
     """Trace a network with example inputs (batch in dimension 0).
@@ -57,10 +70,17 @@ def trace(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> NetworkGrap
     Raises:
         GraphError: the network cannot be run or traced, or has no layer to compress.
     """
+    if isinstance(network, LAYER_TYPES):
+        raise GraphError(
+            "The network is itself a layer, which cannot be replaced in place.",
+            given=type(network).__name__,
+            allowed="a module that contains its layers",
+            advice="wrap it in torch.nn.Sequential",
+        )
     # Dependencies are found through gradients, which a frozen network would not have.
     network = copy.deepcopy(network).eval().requires_grad_(True)
     try:
-        layers = observe_layers(network, example_inputs)
+        layers = _judged(network, example_inputs, observe_layers(network, example_inputs))
         norms = find_norms(network, example_inputs)
     except Exception as cause:
         # A user's forward pass may raise anything.
@@ -75,15 +95,33 @@ def trace(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> NetworkGrap
             given=type(network).__name__,
             allowed="at least one of " + ", ".join(t.__name__ for t in LAYER_TYPES),
         )
-    if isinstance(network, LAYER_TYPES):
-        raise GraphError(
-            "The network is itself a layer, which cannot be replaced in place.",
-            given=type(network).__name__,
-            allowed="a module that contains its layers",
-            advice="wrap it in torch.nn.Sequential",
-        )
-    heads = find_heads(network, example_inputs, layers)
-    return NetworkGraph(layers, find_groups(network, example_inputs, heads), norms)
+    plain = [layer for layer in layers if layer.compressible]
+    names = {layer.name for layer in plain}
+    heads = find_heads(network, example_inputs, plain)
+    spared = {
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, LAYER_TYPES) and name not in names
+    }
+    groups, notes = heads, tuple[str, ...]()
+    try:
+        groups = find_groups(network, example_inputs, heads, spared)
+    except GraphError as reason:
+        notes = (f"No channels can be removed, for want of channel groups. {reason.what}",)
+    if not groups and not notes:
+        notes = ("No channels can be removed: no channel groups were found.",)
+    norms = {layer: norm for layer, norm in norms.items() if layer in names}
+    return NetworkGraph(layers, groups, norms, notes)
+
+
+def _judged(
+    network: nn.Module, example_inputs: tuple[Tensor, ...], layers: tuple[Layer, ...]
+) -> tuple[Layer, ...]:
+    """The layers with why they are left as they are, or can't be replaced by several."""
+    faults = layer_faults(network, example_inputs)
+    layers = tuple(replace(layer, reason=faults.get(layer.name, "")) for layer in layers)
+    whole = division_faults(network, example_inputs, layers)
+    return tuple(replace(layer, undivided=whole.get(layer.name, "")) for layer in layers)
 
 
 def find_norms(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> dict[str, str]:
@@ -127,7 +165,8 @@ def find_norms(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> dict[s
     sole = {
         a: b for a, b in single.items() if _only_reader(network, a, b, example_inputs, reference)
     }
-    return {names[a]: names[b] for a, b in sole.items()}
+    several = names_of(network)
+    return {names[a]: names[b] for a, b in sole.items() if len(several[b]) == 1}
 
 
 def _same_channels(layer: nn.Module, norm: nn.Module, between: Tensor) -> bool:

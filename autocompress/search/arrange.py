@@ -1,4 +1,4 @@
-"""A workload's samples in the order and the layout that the search likes best."""
+"""A workload's samples and layers in the order and the form that the search likes best."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from autocompress.graph.transposed import with_linear_layers
 from autocompress.recover.layout import channels_last, takes_channels_last
 from autocompress.workload import Split, Workload
 
@@ -16,14 +17,15 @@ def arranged(workload: Workload) -> Workload:
     Several steps read the first few samples only, and many data sets are sorted by class. The
     layout of the samples is that of everything that convolutions make of them, and networks of
     depthwise convolutions run half as long in it. Samples to train on are many, and stay as they
-    are.
+    are. Linear layers under another name become plain ones.
     """
     split = workload.calibration
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
     calibration, search = split.subset(order), workload.search_split
     if takes_channels_last(workload.network, calibration.inputs):
         calibration, search = (_channels_last(s) for s in (calibration, search))
-    return replace(workload, calibration=calibration, search_split=search)
+    network = with_linear_layers(workload.network, workload.example_inputs)
+    return replace(workload, network=network, calibration=calibration, search_split=search)
 
 
 def _channels_last(split: Split) -> Split:

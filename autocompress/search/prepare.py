@@ -123,6 +123,11 @@ def prepare(
     workload = arranged(workload)
     progress.stage("trace network")
     graph = trace(workload.network, workload.example_inputs)
+    for note in graph.notes:
+        progress.note(f"warning: {note}")
+    progress.stage("export network")
+    exporter = make_exporter(workload, graph)
+    graph = graph.leaving(exporter.faults)
     space = build_space(graph, space_file, profile)
     check_training_data(space, workload)
     unused = unused_values(space_file, space)
@@ -131,11 +136,7 @@ def prepare(
             "not searched, because no layer takes it, the device has no kernel for it, or it makes "
             "nothing cheaper: " + "; ".join(unused)
         )
-    progress.stage("export network")
-    parity = tuple(x[:_PARITY_SAMPLES] for x in workload.calibration.inputs)
-    example, axes = workload.example_inputs, workload.dynamic_axes
-    exporter = Exporter(workload.network, graph, example, parity, axes)
-    exporter.export(workload.network)
+    note_left(graph, progress)
     identity = Identity(
         experiment,
         space_file,
@@ -147,6 +148,30 @@ def prepare(
     folder = RunFolder(options.run or Path("runs") / experiment.name)
     seconds = clock.seconds["workload"]
     return Prepared(experiment, device, workload, graph, exporter, space, identity, folder, seconds)
+
+
+def make_exporter(workload: Workload, graph: NetworkGraph) -> Exporter:
+    """The workload's exporter, after the original network has gone through it.
+
+    Raises:
+        ExportError: the network cannot be exported, or computes something else in ONNX.
+    """
+    parity = tuple(x[:_PARITY_SAMPLES] for x in workload.calibration.inputs)
+    example, axes = workload.example_inputs, workload.dynamic_axes
+    exporter = Exporter(workload.network, graph, example, parity, axes)
+    exporter.export(workload.network)
+    return exporter
+
+
+def note_left(graph: NetworkGraph, progress: Progress) -> None:
+    """Tell which layers no technique may change, and the first reason."""
+    left = [layer for layer in graph.layers if layer.reason]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        progress.note(
+            f"left as they are: {left[0].name} ({left[0].reason}){more}; "
+            "`autocompress inspect` shows all layers"
+        )
 
 
 def check_device(device: Device, objectives: Sequence[Objective]) -> Fingerprint:

@@ -117,6 +117,25 @@ def build_space(graph: NetworkGraph, space: SearchSpace, device: DeviceProfile) 
             or `tie` that matches nothing or asks for what cannot be done, or nothing to choose
             from.
     """
+    built = open_space(graph, space, device)
+    if not built.parameters:
+        left = [layer for layer in graph.layers if layer.reason]
+        raise ConfigError(
+            f"The search space '{space.name}' leaves nothing to choose for this network.",
+            given=f"{len(graph.layers)} layers, techniques {', '.join(space.techniques)}"
+            + (f"; {len(left)} layers cannot be changed: {left[0].reason}" if left else ""),
+            advice="name more techniques or values, or exclude or fix fewer layers; "
+            "`autocompress inspect` shows what each layer can take",
+        )
+    return built
+
+
+def open_space(graph: NetworkGraph, space: SearchSpace, device: DeviceProfile) -> Space:
+    """As `build_space`; there may be nothing to choose from.
+
+    Raises:
+        ConfigError: see `build_space`.
+    """
     rules = Rules(graph, space, device)
     fixed = fixed_decisions(rules)
     offers = [(technique_named(name), grids) for name, grids in space.techniques.items()]
@@ -128,12 +147,6 @@ def build_space(graph: NetworkGraph, space: SearchSpace, device: DeviceProfile) 
             decisions = rules.choices(technique, target, offered[technique.name])
             if decisions and place not in fixed and not _void(place, fixed):
                 found[place] = found.get(place, ()) + decisions
-    if not found:
-        raise ConfigError(
-            f"The search space '{space.name}' leaves nothing to choose for this network.",
-            given=f"{len(graph.layers)} layers, techniques {', '.join(space.techniques)}",
-            advice="name more techniques or values, or exclude or fix fewer layers",
-        )
     steps = [Step(target, decision) for (_, target), decision in fixed.items()]
     parameters = _parameters(rules, found, offered)
     return Space(parameters, tuple(s for s in steps if not is_identity(s.decision)))

@@ -73,7 +73,7 @@ def targets_of(technique: Technique, graph: NetworkGraph) -> tuple[str, ...]:
     if isinstance(technique, GroupTechnique):
         return tuple(g.name for g in graph.groups if g.prunable)
     if isinstance(technique, LayerTechnique):
-        return tuple(x.name for x in graph.layers)
+        return tuple(x.name for x in graph.layers if x.compressible)
     return (NETWORK,)
 
 
@@ -142,7 +142,8 @@ def ties(rules: Rules) -> list[list[str]]:
         ConfigError: a pattern that matches nothing, or a target in two ties.
     """
     groups = [g.name for g in rules.graph.groups if g.prunable]
-    names = list(dict.fromkeys([*(x.name for x in rules.graph.layers), *groups]))
+    layers = [x.name for x in rules.graph.layers if x.compressible]
+    names = list(dict.fromkeys([*layers, *groups]))
     matched = [{n for p in tie for n in _matching(p, names, "tie")} for tie in rules.space.tie]
     found = [[name for name in names if name in tie] for tie in matched]
     for one, other in itertools.combinations(found, 2):

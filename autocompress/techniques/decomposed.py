@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autocompress.graph import Layer
+from autocompress.graph.plain import base_type
 
 Kind = Literal["svd", "spatial", "tucker", "cp"]
 
@@ -34,6 +35,8 @@ class Part:
 
 def fits(layer: Layer, kind: Kind) -> bool:
     """Whether a layer can be decomposed so: no groups, and a kernel that there is to split."""
+    if layer.undivided:
+        return False
     wide = sum(size > 1 for size in layer.kernel_size)
     needed = {"svd": 0, "spatial": 2, "tucker": 1, "cp": 1}[kind]
     return layer.groups == 1 and wide >= needed
@@ -160,7 +163,8 @@ def _build_part(module: nn.Module, shape: Part, handled: Sequence[bool]) -> nn.M
     if isinstance(module, nn.Linear):
         return nn.Linear(shape.in_channels, shape.out_channels, bias=False)
     conv = cast(nn.Conv2d, module)
-    kind: Any = type(conv)
+    # Not the type itself: a subclass may take other arguments.
+    kind: Any = base_type(conv)
 
     def own(values: Sequence[int], rest: int) -> tuple[int, ...]:
         return tuple(v if mine else rest for v, mine in zip(values, handled, strict=True))

@@ -110,6 +110,8 @@ def _check(layer: Layer, kind: Kind) -> None:
             given=f"{layer.name} with {layer.groups} groups",
             allowed="linear layers, and convolutions of one group",
         )
+    if layer.undivided:
+        raise PlanError(f"Layer {layer.name} cannot be decomposed: {layer.undivided}.")
     if not fits(layer, kind):
         raise PlanError(
             f"A layer cannot be decomposed by kind {kind}.",

@@ -15,6 +15,9 @@ from torch import Tensor
 from autocompress.techniques.technique import LayerProblem, LayerStatistics
 
 DAMPING = 1e-2
+_ROUNDING = 1e-10
+# Smaller squares are lost in fp32, in which inputs are multiplied.
+_LEAST = 1e-34
 
 
 def damped_moment(statistics: LayerStatistics, free_bias: bool) -> Tensor:
@@ -24,7 +27,9 @@ def damped_moment(statistics: LayerStatistics, free_bias: bool) -> Tensor:
     """
     moment = _moment(statistics, free_bias)
     damping = DAMPING * moment.diagonal().mean()
-    if not damping > 0:
+    # What is left of inputs that hardly vary may be rounding alone, which is not positive.
+    damping = torch.maximum(damping, _ROUNDING * statistics.moment.diagonal().mean())
+    if not damping > _LEAST:
         damping = torch.ones_like(damping)
     return moment + damping * torch.eye(len(moment), dtype=moment.dtype)
 
