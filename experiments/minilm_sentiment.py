@@ -10,14 +10,13 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from residual import cache_folder
+from residual import cache_folder, write_file
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file, save_file
@@ -106,7 +105,7 @@ def _download() -> Path:
                 advice=f"pip download --no-deps --no-binary :all: vaderSentiment=={VERSION}",
             )
         target = cache_folder() / ARCHIVE
-        _write(target, lambda path: path.write_bytes(found[0].read_bytes()))
+        write_file(target, lambda path: path.write_bytes(found[0].read_bytes()))
     return target
 
 
@@ -167,7 +166,7 @@ def fine_tuned_network(data: Split) -> nn.Module:
             torch.manual_seed(SEED)
             _train(network, data, weights.with_suffix(".checkpoint"))
         state = {k: v.contiguous() for k, v in network.state_dict().items()}
-        _write(weights, partial(save_file, state))
+        write_file(weights, partial(save_file, state))
         weights.with_suffix(".checkpoint").unlink(missing_ok=True)
     network.load_state_dict(load_file(weights))
     return network.eval()
@@ -212,14 +211,7 @@ def _train(network: nn.Module, data: Split, checkpoint: Path) -> None:
         console.print(f"{label}, loss {total / steps:.4f}, {time.monotonic() - begun:.1f} s")
         saved = {name: part.state_dict() for name, part in parts.items()}
         saved |= {"generator": torch.get_rng_state(), "epochs": epoch + 1}
-        _write(checkpoint, partial(torch.save, saved))
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    # The name appears only once the bytes are there: a kill may come at any moment.
-    unfinished = path.with_suffix(f"{path.suffix}.partial")
-    write(unfinished)
-    unfinished.replace(path)
+        write_file(checkpoint, partial(torch.save, saved))
 
 
 def workload() -> Workload:

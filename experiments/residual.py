@@ -134,7 +134,7 @@ def trained_network(
             with _threads(training.threads):
                 network = _train(name, shape, data, training, checkpoint)
             state = {k: v.contiguous() for k, v in network.state_dict().items()}
-            _write(weights, partial(save_file, state))
+            write_file(weights, partial(save_file, state))
             checkpoint.unlink(missing_ok=True)
     with torch.random.fork_rng(devices=[]):
         network = ResidualNetwork(shape)
@@ -174,7 +174,7 @@ def _train(
         _epoch(label, network, data, training, (optimizer, schedule, generator))
         saved = {part: value.state_dict() for part, value in parts.items()}
         saved |= {"generator": generator.get_state(), "epochs": epoch + 1}
-        _write(checkpoint, partial(torch.save, saved))
+        write_file(checkpoint, partial(torch.save, saved))
     return network
 
 
@@ -248,7 +248,8 @@ def _digest(data: Split) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` write to a name beside, which becomes the file's once the bytes are on disk."""
     # A kill may come at any moment: the name appears only once the bytes are on disk.
     unfinished = path.with_suffix(path.suffix + ".partial")
     write(unfinished)

@@ -9,8 +9,11 @@ from typing import Any, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 LayerKind = Literal["conv", "linear", "embedding"]
+# Names that a reason lists.
+MOST_LISTED = 3
 LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.Linear)
 NORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -85,12 +88,39 @@ def flatten_outputs(outputs: Any) -> list[Tensor]:
     return [tensor for value in values for tensor in flatten_outputs(value)]
 
 
-def is_table(network: nn.Module, module: nn.Module) -> bool:
-    """Whether a module is an embedding whose table nothing else of the network uses."""
-    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
-        return False
-    owners = [m for m in network.modules() for p in m._parameters.values() if p is module.weight]
-    return len(owners) == 1
+def names_of(network: nn.Module) -> dict[nn.Module, list[str]]:
+    """All names of every module; most have one."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def sharing_modules(network: nn.Module) -> dict[str, list[str]]:
+    """By a module's name the others that have a parameter of its too, such as a tied embedding."""
+    names = {module: found[0] for module, found in names_of(network).items()}
+    owners: dict[Tensor, list[nn.Module]] = {}
+    for module in names:
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(module)
+    return {
+        names[module]: [names[m] or "the network" for m in sharing if m is not module][:MOST_LISTED]
+        for sharing in owners.values()
+        if len(sharing) > 1
+        for module in sharing
+    }
+
+
+def run_hooked(
+    network: nn.Module, inputs: Sequence[Tensor], handles: Sequence[RemovableHandle]
+) -> Any:
+    """A network's outputs, without gradients; its hooks are taken off again."""
+    try:
+        with torch.no_grad():
+            return network(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def observe_layers(network: nn.Module, example_inputs: Sequence[Tensor]) -> tuple[Layer, ...]:
@@ -103,6 +133,11 @@ def observe_layers(network: nn.Module, example_inputs: Sequence[Tensor]) -> tupl
     names = {module: name for name, module in network.named_modules()}
     samples = len(example_inputs[0])
     rows: dict[nn.Module, int] = {}
+    shared = sharing_modules(network)
+
+    def is_table(module: nn.Module) -> bool:
+        table = isinstance(module, nn.Embedding) and module.max_norm is None
+        return table and names[module] not in shared
 
     def note(module: nn.Module, args: Any, output: Tensor) -> None:
         channels = module.out_features if isinstance(module, nn.Linear) else output.shape[1]
@@ -111,14 +146,9 @@ def observe_layers(network: nn.Module, example_inputs: Sequence[Tensor]) -> tupl
     handles = [
         module.register_forward_hook(note)
         for module in network.modules()
-        if isinstance(module, LAYER_TYPES) or is_table(network, module)
+        if isinstance(module, LAYER_TYPES) or is_table(module)
     ]
-    try:
-        with torch.no_grad():
-            network(*example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_hooked(network, example_inputs, handles)
     # Windows and tokens may have been moved into the batch: samples are those of the inputs.
     return tuple(
         _describe(names[module], module, max(1, count // samples)) for module, count in rows.items()

@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 
-from autocompress.graph.layers import LAYER_TYPES, NORM_TYPES
-from autocompress.graph.plain import sharing_modules
+from autocompress.graph.layers import LAYER_TYPES, NORM_TYPES, run_hooked, sharing_modules
 from autocompress.graph.trace import NetworkGraph
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -20,7 +18,8 @@ _REASONS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     (LAYER_TYPES, "it is not called as a module, but left out or read by another"),
     (_TRANSPOSED, "no technique takes transposed convolutions"),
     ((nn.Conv3d,), "no technique takes three-dimensional convolutions"),
-    ((nn.Embedding, nn.EmbeddingBag), "no technique takes embedding tables"),
+    ((nn.Embedding,), "it is not called as a module, or clips the norms of its entries"),
+    ((nn.EmbeddingBag,), "no technique takes tables whose entries are summed"),
     ((nn.RNNBase, nn.RNNCellBase), "a recurrent layer packs the weights of its gates together"),
     ((nn.MultiheadAttention,), "it packs its projections into one parameter"),
     ((*NORM_TYPES, nn.LayerNorm), "a normalization: it follows the channels of its layers"),
@@ -125,10 +124,5 @@ def _observe_macs(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> dic
         for module in network.modules()
         if any(True for _ in module.parameters(recurse=False))
     ]
-    try:
-        with torch.no_grad():
-            network(*example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_hooked(network, example_inputs, handles)
     return found

@@ -14,19 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autocompress.graph.layers import LAYER_TYPES, Layer, flatten_outputs
+from autocompress.graph.layers import (
+    LAYER_TYPES,
+    MOST_LISTED,
+    Layer,
+    flatten_outputs,
+    names_of,
+    run_hooked,
+    sharing_modules,
+)
 
 # Kernels of other layouts sum in another order.
 _RELATIVE, _ABSOLUTE = 1e-3, 1e-4
-_FEW = 3
-
-
-def names_of(network: nn.Module) -> dict[nn.Module, list[str]]:
-    """All names of every module; most have one."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in network.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    return names
 
 
 def layer_faults(network: nn.Module, example_inputs: Sequence[Tensor]) -> dict[str, str]:
@@ -55,28 +54,8 @@ def layer_faults(network: nn.Module, example_inputs: Sequence[Tensor]) -> dict[s
             faults.setdefault(names[module], reason)
 
     handles = [layer.register_forward_hook(compare, with_kwargs=True) for layer in layers]
-    try:
-        with torch.no_grad():
-            network(*example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_hooked(network, example_inputs, handles)
     return faults
-
-
-def sharing_modules(network: nn.Module) -> dict[str, list[str]]:
-    """By a module's name the others that have a parameter of its too, such as a tied embedding."""
-    names = {module: found[0] for module, found in names_of(network).items()}
-    owners: dict[Tensor, list[nn.Module]] = {}
-    for module in names:
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(parameter, []).append(module)
-    return {
-        names[module]: [names[m] or "the network" for m in sharing if m is not module][:_FEW]
-        for sharing in owners.values()
-        if len(sharing) > 1
-        for module in sharing
-    }
 
 
 def base_type(layer: nn.Module) -> type[nn.Module]:
@@ -184,7 +163,7 @@ def division_faults(
     faults = {}
     for module, names in names_of(network).items():
         if len(names) > 1:
-            faults[names[0]] = f"it is also registered as {', '.join(names[1 : _FEW + 1])}"
+            faults[names[0]] = f"it is also registered as {', '.join(names[1 : MOST_LISTED + 1])}"
         elif isinstance(module, LAYER_TYPES) and _pads_itself(module):
             faults[names[0]] = "it pads its input itself"
     single = [x.name for x in layers if x.compressible and x.name not in faults]

@@ -18,9 +18,11 @@ from autocompress.graph.layers import (
     NORM_TYPES,
     Layer,
     flatten_outputs,
+    names_of,
     observe_layers,
+    run_hooked,
 )
-from autocompress.graph.plain import division_faults, layer_faults, names_of
+from autocompress.graph.plain import division_faults, layer_faults
 
 
 @final
@@ -155,12 +157,7 @@ def find_norms(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> dict[s
         for m in network.modules()
         if isinstance(m, NORM_TYPES)
     ]
-    try:
-        with torch.no_grad():
-            reference = network(*example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    reference = run_hooked(network, example_inputs, handles)
     single = {a: b for a, b in pairs.items() if calls[a] == 1 and calls[b] == 1}
     sole = {
         a: b for a, b in single.items() if _only_reader(network, a, b, example_inputs, reference)
@@ -194,12 +191,7 @@ def _only_reader(
         layer.register_forward_hook(perturb),
         norm.register_forward_pre_hook(lambda m, a: (a[0] - noise[0],)),
     ]
-    try:
-        with torch.no_grad():
-            shifted = network(*inputs)
-    finally:
-        for handle in shift:
-            handle.remove()
+    shifted = run_hooked(network, inputs, shift)
     return all(
         torch.allclose(a, b, rtol=1e-3, atol=1e-4)
         for a, b in zip(flatten_outputs(reference), flatten_outputs(shifted), strict=True)

@@ -11,8 +11,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from autocompress.graph.layers import LAYER_TYPES, NORM_TYPES, flatten_outputs
-from autocompress.graph.plain import names_of, sharing_modules
+from autocompress.graph.layers import (
+    LAYER_TYPES,
+    NORM_TYPES,
+    flatten_outputs,
+    names_of,
+    run_hooked,
+    sharing_modules,
+)
 
 _OTHER = (*LAYER_TYPES, *NORM_TYPES, nn.Embedding, nn.LayerNorm)
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-5
@@ -72,12 +78,7 @@ def _transposed(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> list[
         for module, found in names.items()
         if len(found) == 1 and found[0] and found[0] not in shared and _may_be_linear(module)
     ]
-    try:
-        with torch.no_grad():
-            network(*example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_hooked(network, example_inputs, handles)
     return [names[module][0] for module, linear in verdicts.items() if linear]
 
 
