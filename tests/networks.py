@@ -296,19 +296,38 @@ def correlated(noise: Tensor) -> Tensor:
 
 
 def enliven(network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Give batch norms statistics of the data and random scales; leaves evaluation mode."""
+    """Give norms random scales and `set_statistics`."""
     for module in network.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            module.momentum = None
-            if module.affine:
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-                nn.init.normal_(module.bias, 0, 0.3)
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.3)
         if isinstance(module, nn.LayerNorm):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.3)
+    set_statistics(network, inputs)
+
+
+def set_statistics(network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Give batch norms the mean and variance of the data; leaves evaluation mode.
+
+    The variance is the biased one, by which PyTorch divides in training.
+    """
+
+    def unbiased_to_biased(norm: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        count = args[0].numel() // args[0].shape[1]
+        norm.running_var *= (count - 1) / count
+
     network.train()
+    handles = []
+    for module in network.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.track_running_stats:
+            module.momentum = None
+            module.reset_running_stats()
+            handles.append(module.register_forward_hook(unbiased_to_biased))
     with torch.no_grad():
         network(*inputs)
+    for handle in handles:
+        handle.remove()
     network.eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from networks import set_statistics
 from torch import nn
 
 from autocompress import Split, Workload
@@ -33,8 +34,8 @@ def make_network() -> nn.Module:
         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    network.train()(torch.randn(256, 3, 8, 8, generator=generator))
-    return network.eval()
+    set_statistics(network, (torch.randn(256, 3, 8, 8, generator=generator),))
+    return network
 
 
 def workload() -> Workload:

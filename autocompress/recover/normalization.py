@@ -28,6 +28,11 @@ class _Observed:
     first: Tensor
     second: Tensor
 
+    @property
+    def variance(self) -> Tensor:
+        """The variance that belongs to moments over all samples."""
+        return self.second - self.first.square()
+
 
 @final
 class BatchNormRepair:
@@ -37,6 +42,10 @@ class BatchNormRepair:
     the first few samples only, they are control variates (Lavenberg & Welch 1981): the estimate is
     `m + b (m0_all - m0)` with the changed network's sample moment m, the original's m0 on the same
     samples, and the regression coefficient b between the two over the samples.
+
+    A norm then gets statistics that give its output the moments that it had in the original:
+    standard deviation and offset from the mean keep their ratio to the data's. Data to calibrate
+    on need not be like those to train on, and a network that was not changed stays as it is.
 
     Args:
         original: in evaluation mode.
@@ -56,6 +65,10 @@ class BatchNormRepair:
     ) -> None:
         self._bf16 = bf16
         self._inputs = tuple(x[:samples] for x in inputs)
+        self._running = {
+            name: (norm.running_mean.clone(), norm.running_var.clone())
+            for name, norm in _norms(original)
+        }
         self._before: dict[str, _Observed] = {}
         self._all: dict[str, _Observed] = {}
         batches: dict[str, list[_Observed]] = {}
@@ -115,8 +128,16 @@ class BatchNormRepair:
             sample = now.second.mean(0) - now.first.mean(0).square()
             variance = second - mean.square()
             sound = variance > _SMALLEST_SHARE * sample
-            norm.running_mean.copy_(torch.where(sound, mean, now.first.mean(0)))
-            norm.running_var.copy_(torch.where(sound, variance, sample))
+            mean = torch.where(sound, mean, now.first.mean(0))
+            variance = torch.where(sound, variance, sample)
+            own_mean, own_variance = (value[kept] for value in self._running[name])
+            known = true.variance[kept]
+            scale = _scale(variance, known)
+            norm.running_mean.copy_(mean + (own_mean - true.first[kept]) * scale)
+            # A channel that used not to vary has no ratio: what it varies by now comes on top.
+            norm.running_var.copy_(
+                torch.where(known > _TINY, own_variance * scale.square(), own_variance + variance)
+            )
 
         return _run(network, inputs, repair, bf16=self._bf16)
 
@@ -171,6 +192,12 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     if len(lost):
         variance[:, lost] = flat[:, lost].float().var(2, correction=0).double()
     return first, variance
+
+
+def _scale(now: Tensor, before: Tensor) -> Tensor:
+    """The ratio of two standard deviations; one for channels that do not vary."""
+    varies = (before > _TINY) & (now > _TINY)
+    return torch.where(varies, now / before.clamp(min=_TINY), torch.ones_like(now)).sqrt()
 
 
 def _controlled(values: Tensor, control: Tensor, true: Tensor) -> Tensor:
