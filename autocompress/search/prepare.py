@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, final
 
+from autocompress.allocator import keep_freed_memory
 from autocompress.bank import Bank
 from autocompress.bank.store import make_key, network_hash, tensors_hash
 from autocompress.build import Builder, Stopwatch
@@ -102,12 +103,15 @@ def prepare(
 ) -> Prepared:
     """Load and check all that a search needs; writes nothing.
 
+    From then on this process keeps large blocks of memory that it frees (`keep_freed_memory`).
+
     Args:
         find_host: where a profile's device is.
 
     Raises:
         AutocompressError: whatever is wrong with experiment, device, workload or network.
     """
+    keep_freed_memory()
     experiment = with_options(load_experiment(path), options)
     space_file = load_search_space(experiment.search_space, path)
     profile = load_profile(experiment.device, path)

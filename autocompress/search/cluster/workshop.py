@@ -21,6 +21,7 @@ from typing import TypeVar, final
 from ray import cloudpickle
 from ray.actor import ActorHandle
 
+from autocompress.allocator import keep_freed_memory
 from autocompress.bank import Bank
 from autocompress.bank.bank import BankState
 from autocompress.build import Builder, Stopwatch
@@ -121,6 +122,7 @@ class Workshop:
     """Judges, builds and measures candidates in a process that is not the search's own."""
 
     def __init__(self, shared: Shared) -> None:
+        keep_freed_memory()
         shared.location.check(platform.node())
         keep_off(shared.pinned.get(platform.node(), ()))
         self._shared = shared
