@@ -30,4 +30,5 @@ def keep_freed_memory() -> bool:
         _TRIM_THRESHOLD: _LARGEST,
         _TOP_PAD: _PAD,
     }
-    return all([bool(mallopt(name, value)) for name, value in settings.items()])
+    taken = [bool(mallopt(name, value)) for name, value in settings.items()]
+    return all(taken)
