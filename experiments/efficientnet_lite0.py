@@ -7,8 +7,12 @@ Post-training only: the network came without its training data. The photographs 
 from __future__ import annotations
 
 import csv
+import math
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,18 +21,33 @@ from torch import Tensor, nn
 from autocompress.errors import WorkloadError
 from autocompress.workload import Split, Workload
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+Box = tuple[float, float, float, float]
 FOLDER = "imagenet-like"
 SIZE, BORDER = 224, 32
 # The other photographs judge the final front.
 CALIBRATION, SEARCH = 128, 136
+# Of each photograph to calibrate on, beside its middle and that mirrored.
+CROPS = 2
+BICUBIC = 3
 PACKAGES = "pip install 'autocompress[experiments]'"
 
 
-def photographs(folder: Path) -> Split:
-    """All photographs, cropped and scaled to shape (n, 3, 224, 224), with their classes.
+@dataclass(frozen=True)
+class Photograph:
+    """A file and the index of its class."""
+
+    path: Path
+    label: int
+
+
+def photographs(folder: Path) -> list[Photograph]:
+    """All that `labels.csv` names.
 
     Raises:
-        WorkloadError: the folder has no `labels.csv`, or lacks a photograph.
+        WorkloadError: the folder has no `labels.csv`.
     """
     labels = folder / "labels.csv"
     if not labels.is_file():
@@ -39,26 +58,68 @@ def photographs(folder: Path) -> Split:
             advice=f"set AUTOCOMPRESS_DATA to the folder that holds {FOLDER}/",
         )
     with labels.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    inputs = torch.stack([_photograph(folder / row["file"]) for row in rows])
-    return Split(inputs, torch.tensor([int(row["class_index"]) for row in rows]))
+        return [
+            Photograph(folder / row["file"], int(row["class_index"]))
+            for row in csv.DictReader(file)
+        ]
 
 
-def _photograph(path: Path) -> Tensor:
-    """The middle of a photograph as the network was trained on it, shape (3, 224, 224)."""
+def middles(chosen: Sequence[Photograph]) -> Split:
+    """The middles of photographs, as networks are tested, shape (n, 3, 224, 224), with classes.
+
+    Raises:
+        WorkloadError: a photograph is missing.
+    """
+    inputs = [_pixels(image, _middle(image)) for image in map(_opened, chosen)]
+    return Split(torch.stack(inputs), torch.tensor([photograph.label for photograph in chosen]))
+
+
+def views(chosen: Sequence[Photograph]) -> Split:
+    """The middles, the same mirrored, and as many mirrored or plain crops at random; no classes.
+
+    As the network was trained: crops of 40 to 100 % of the area. A layer of a thousand inputs that
+    sees each photograph once, as the last ones do, cannot be solved from a hundred photographs.
+
+    Raises:
+        WorkloadError: a photograph is missing.
+    """
+    generator = np.random.default_rng(0)
+    images = [_opened(photograph) for photograph in chosen]
+    middle = torch.stack([_pixels(image, _middle(image)) for image in images])
+    crops = []
+    for image in [*images] * CROPS:
+        pixels = _pixels(image, _crop(image, generator))
+        crops.append(pixels.flip(-1) if generator.random() < 0.5 else pixels)
+    return Split(torch.cat([middle, middle.flip(-1), torch.stack(crops)]))
+
+
+def _opened(photograph: Photograph) -> Image.Image:
     try:
         from PIL import Image
     except ModuleNotFoundError as cause:
         raise WorkloadError("Photographs are read by Pillow.", advice=PACKAGES) from cause
     try:
-        image = Image.open(path).convert("RGB")
+        return Image.open(photograph.path).convert("RGB")
     except OSError as cause:
-        raise WorkloadError("A photograph cannot be read.", given=path) from cause
+        raise WorkloadError("A photograph cannot be read.", given=photograph.path) from cause
+
+
+def _middle(image: Image.Image) -> Box:
     side = min(image.size) * SIZE / (SIZE + BORDER)
     left, top = ((length - side) / 2 for length in image.size)
-    box = (left, top, left + side, top + side)
-    pixels = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box), np.float32)
-    return torch.from_numpy((pixels - 127) / 128).permute(2, 0, 1)
+    return left, top, left + side, top + side
+
+
+def _crop(image: Image.Image, generator: np.random.Generator) -> Box:
+    side = min(image.size) * math.sqrt(generator.uniform(0.4, 1))
+    left, top = (generator.uniform(0, length - side) for length in image.size)
+    return left, top, left + side, top + side
+
+
+def _pixels(image: Image.Image, box: Box) -> Tensor:
+    """A part of a photograph as the network was trained on it, shape (3, 224, 224)."""
+    resized = image.resize((SIZE, SIZE), BICUBIC, box)
+    return torch.from_numpy((np.asarray(resized, np.float32) - 127) / 128).permute(2, 0, 1)
 
 
 def network() -> nn.Module:
@@ -79,11 +140,11 @@ def network() -> nn.Module:
 def splits() -> tuple[Split, Split, Split]:
     """Calibration, search and test; always the same photographs."""
     everything = photographs(Path(os.environ.get("AUTOCOMPRESS_DATA", "data")) / FOLDER)
-    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
-    rest = len(everything) - CALIBRATION - SEARCH
-    calibration, search, test = order.split([CALIBRATION, SEARCH, rest])
-    unlabelled = Split(everything.subset(calibration).inputs)
-    return unlabelled, everything.subset(search), everything.subset(test)
+    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = [everything[i] for i in order]
+    last = CALIBRATION + SEARCH
+    calibration, search, test = shuffled[:CALIBRATION], shuffled[CALIBRATION:last], shuffled[last:]
+    return views(calibration), middles(search), middles(test)
 
 
 def workload() -> Workload:

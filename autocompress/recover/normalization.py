@@ -184,14 +184,23 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     flat = x.reshape(x.shape[0], x.shape[1], -1)
     first = flat.mean(2, dtype=torch.float32).double()
-    norm = torch.linalg.vector_norm(flat, dim=2, dtype=torch.float32).double()
-    second = norm.square() / flat.shape[2]
+    second = _squares(flat).double() / flat.shape[2]
     variance = second - first.square()
     # Small variances around large means are lost in float32: these channels are centred first.
     lost = (variance < _LOST_SHARE * second).any(0).nonzero()[:, 0]
     if len(lost):
         variance[:, lost] = flat[:, lost].float().var(2, correction=0).double()
     return first, variance
+
+
+def _squares(flat: Tensor) -> Tensor:
+    """Sums of squares over dimension 2, in float32."""
+    if flat.stride(2) == 1:
+        norm: Tensor = torch.linalg.vector_norm(flat, dim=2, dtype=torch.float32)
+        return norm.square()
+    # With channels last the norm is four times as slow as squares that are written down.
+    squares = flat.square() if flat.dtype == torch.float32 else flat.float().square_()
+    return squares.sum(2)
 
 
 def _scale(now: Tensor, before: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ class _Search:
             self._context,
             agenda,
             lambda keep_busy: refine_seeds(
-                self._context, self._study, start, keep_busy, self._search_over
+                self._context, self._study, start, keep_busy, self._search_left
             ),
         )
         if agenda.judged_plans:
@@ -216,6 +216,11 @@ class _Search:
 
     def _search_over(self) -> bool:
         return not self._allowed(self._study.finished)
+
+    def _search_left(self) -> float:
+        """Seconds that the search may still take; infinite without a time limit."""
+        left = self._seconds_until("search")
+        return 0.0 if self._search_over() else math.inf if left is None else left
 
     def _allowed(self, finished: int) -> bool:
         if self._budget.trials is not None and finished >= self._budget.trials:

@@ -77,7 +77,7 @@ class Sensitivities:
         losses: by `Change.key`: the mean Kullback-Leibler divergence of the class probabilities
             from the original's, in nats; for other outputs the mean squared error as a share of
             their mean square. At least 0.
-        samples: calibration samples that each was measured on.
+        samples: that each was measured on.
     """
 
     losses: Mapping[str, float]
@@ -142,7 +142,7 @@ class SensitivityRun:
     Args:
         bank: calibrated.
         space: whose decisions are measured; those for the network as a whole are not.
-        inputs: calibration inputs; the first few are used.
+        inputs: samples in random order that no layer was solved with; the first few are used.
         folder: where finished passes are kept, by network, data and technique.
         class_scores: whether the first output is class scores along axis 1.
     """

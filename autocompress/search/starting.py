@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from typing import final
 
 import torch
 
-from autocompress.bank import Bank
 from autocompress.build import Builder, Stopwatch
 from autocompress.config import Objective
 from autocompress.errors import AutocompressError, ExportError, MeasurementError
@@ -46,6 +46,8 @@ _LEAST_LOSS, _MOST_LOSS = 1e-3, 0.7
 # Plans that are refined: those whose summed loss is nearest to these, in nats.
 _REFINED_AT = (0.02, 0.06, 0.2)
 _TRIES = 48
+# Of a search with a time limit; the plans of all runtimes and losses have it in equal parts.
+_REFINEMENT = 0.3
 # Uniform plans beside those that were solved for: they need no model to be right.
 _UNIFORM = 6
 # Of a model that nothing was fitted to.
@@ -117,12 +119,17 @@ def cost_models(
     return CostModels(models, sizes, first.latency.value)
 
 
-def sensitivity_run(prepared: Prepared, bank: Bank) -> SensitivityRun:
-    """The sensitivities of a search's space, to be measured or read."""
+def sensitivity_run(context: SearchContext) -> SensitivityRun:
+    """The sensitivities of a search's space, to be measured or read.
+
+    On samples of the search split: on those that layers were solved with, a layer with few of them
+    looks as if it lost nothing.
+    """
+    prepared = context.prepared
     return SensitivityRun(
-        bank,
+        context.bank,
         prepared.space,
-        prepared.workload.calibration.inputs,
+        context.evaluator.builder.sample.inputs,
         sensitivity_folder(),
         class_scores=not callable(prepared.workload.metric),
     )
@@ -183,6 +190,7 @@ class Refinement:
         builder: makes the networks.
         keep_busy: called between scores, so that the device is not idle meanwhile.
         stop: whether time is up.
+        each_s: seconds for each plan.
     """
 
     def __init__(
@@ -191,15 +199,15 @@ class Refinement:
         builder: Builder,
         keep_busy: Callable[[], None],
         stop: Callable[[], bool],
+        each_s: float,
     ) -> None:
         self._prepared, self._builder = prepared, builder
-        self._keep_busy, self._stop = keep_busy, stop
+        self._keep_busy, self._stop, self._each_s = keep_busy, stop, each_s
         self._known = _Scores(prepared.folder.path / "refinement.jsonl")
-        self._samples = len(builder.sample_inputs[0]) - len(builder.sample)
-        inputs = tuple(x[: self._samples] for x in builder.sample_inputs)
-        self._inputs = inputs
+        # Not the calibration samples, which layers were solved with.
+        self._inputs = builder.sample.inputs
         self._original = [
-            torch.from_numpy(o) for o in rough_outputs(prepared.workload.network, inputs)
+            torch.from_numpy(o) for o in rough_outputs(prepared.workload.network, self._inputs)
         ]
 
     def seeds(self, loss: FactoredSum, cost: FactoredSum, runtime: int) -> Iterator[Seed]:
@@ -207,7 +215,10 @@ class Refinement:
         found = frontier(loss, cost, _FRONTIER)
         for number, wanted in enumerate(_REFINED_AT):
             start = min(found, key=lambda s: abs(math.log((s.loss + 1e-6) / wanted)))
-            scorer = Scorer(self._score, self._known, self._stop)
+            end = time.monotonic() + self._each_s
+            scorer = Scorer(
+                self._score, self._known, lambda: self._stop() or time.monotonic() > end
+            )
             seed = 1000 * self._prepared.experiment.search.seed + number
             settings = RefineSettings(tries=_TRIES, seed=seed)
             refined = refine(loss, cost, start.cost, scorer, settings)
@@ -224,7 +235,7 @@ class Refinement:
                 outputs = [torch.from_numpy(o) for o in rough_outputs(tried.network, self._inputs)]
             else:
                 # Calibration inputs come first.
-                outputs = [o[: self._samples] for o in tried.outputs]
+                outputs = [o[-len(self._inputs[0]) :] for o in tried.outputs]
         except AutocompressError:
             # A plan that cannot be stitched is as bad as can be.
             return math.inf
@@ -323,7 +334,7 @@ def find_start(context: SearchContext, study: Study, references: Sequence[Evalua
         references: figures of the reference points on the search split.
     """
     prepared, progress = context.prepared, context.progress
-    run = sensitivity_run(prepared, context.bank)
+    run = sensitivity_run(context)
     progress.stage("seeds", run.passes)
     job = context.device.submit(find_latency, context)
     for _ in run.steps():
@@ -348,18 +359,23 @@ def refine_seeds(
     study: Study,
     start: Start,
     keep_busy: Callable[[], None],
-    over: Callable[[], bool],
+    left: Callable[[], float],
 ) -> None:
     """Enqueue refined plans for a few budgets of latency in every runtime.
 
     Args:
         study: gets the plans.
         keep_busy: called between dear steps, so that the device is not idle meanwhile.
-        over: whether the search is to end.
+        left: seconds until the search is to end; infinite without a time limit.
     """
-    if start.loss is None or "latency" not in context.objectives or over():
+    if start.loss is None or "latency" not in context.objectives or left() <= 0:
         return
-    refinement = Refinement(context.prepared, context.evaluator.builder, keep_busy, over)
+
+    def over() -> bool:
+        return left() <= 0
+
+    each_s = _REFINEMENT * left() / (len(context.runtimes) * len(_REFINED_AT))
+    refinement = Refinement(context.prepared, context.evaluator.builder, keep_busy, over, each_s)
     for number, runtime in enumerate(context.runtimes):
         cost = start.costs.sum_of("latency", runtime)
         if cost is not None and not over():

@@ -35,6 +35,7 @@ from autocompress.search.starting import (
 from autocompress.search.study import RUNTIME
 from autocompress.techniques import Stage
 from autocompress.techniques.filter_prune import FilterPrune
+from autocompress.workload import Split
 
 
 @given(st.integers(0, 300))
@@ -172,9 +173,12 @@ class Scene:
             workload=SimpleNamespace(network=network, metric="accuracy"),
         )
         self.builder: Any = SimpleNamespace(
-            sample_inputs=(x,), sample=range(4), network=self._network
+            sample_inputs=(x,), sample=Split(x[-4:]), network=self._network
         )
-        self.refinement = Refinement(self.prepared, self.builder, self.keep_busy, self.stop)
+        self.refinement = self.refinement_of(math.inf)
+
+    def refinement_of(self, each_s: float) -> Refinement:
+        return Refinement(self.prepared, self.builder, self.keep_busy, self.stop, each_s)
 
     def _network(self, plan: Plan, clock: Any) -> Tried:
         self.tried.append(plan.hash)
@@ -182,8 +186,8 @@ class Scene:
         if total > 2.2:
             raise PlanError("Too much of it.")
         outputs = self.builder.sample_inputs[0] * (1 + total)
-        # Only the calibration inputs are judged by: the others are the search's own.
-        outputs[8:] = 1e3
+        # Nobody is judged by the calibration inputs, which layers are solved with.
+        outputs[:8] = 1e3
         return Tried(nn.Identity(), [outputs])
 
     def keep_busy(self) -> None:
@@ -209,11 +213,11 @@ def test_refined_seeds_are_scored_once_and_remembered(tmp_path: Path) -> None:
     assert [{k: v for k, v in seed.items() if k != RUNTIME} for seed in repeated] == seeds
 
 
-def test_scores_are_of_the_calibration_inputs_and_infinite_where_nothing_is_built(
+def test_scores_are_of_the_search_split_and_infinite_where_nothing_is_built(
     tmp_path: Path,
 ) -> None:
     scene = Scene(tmp_path)
-    x = scene.builder.sample_inputs[0][:8].double()
+    x = scene.builder.sample.inputs[0].double()
     indices = {"a|prune": 1}
     p, q = x.softmax(1), (1.3 * x).softmax(1)
     expected = float((p * (p / q).log()).sum(1).mean())
@@ -233,6 +237,13 @@ def test_refinement_stops_when_time_is_up(tmp_path: Path) -> None:
     assert len(scene.tried) == tried
 
 
+def test_each_plan_has_its_own_time(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    seeds = list(scene.refinement_of(-1.0).seeds(in_space(LOSS), in_space(LATENCY), 0))
+    assert len(seeds) == 3
+    assert len(scene.tried) == 3
+
+
 @pytest.mark.parametrize("reason", ["no loss", "no latency", "over"])
 def test_nothing_is_refined_without_need(tmp_path: Path, reason: str) -> None:
     scene = Scene(tmp_path)
@@ -244,7 +255,7 @@ def test_nothing_is_refined_without_need(tmp_path: Path, reason: str) -> None:
     enqueued: list[Any] = []
     study: Any = SimpleNamespace(enqueue=enqueued.extend)
     start = Start(None if reason == "no loss" else in_space(LOSS), models())
-    refine_seeds(context, study, start, scene.keep_busy, lambda: reason == "over")
+    refine_seeds(context, study, start, scene.keep_busy, lambda: 0.0 if reason == "over" else 9.0)
     assert not enqueued
     assert not scene.tried
 
@@ -260,5 +271,5 @@ def test_every_runtime_with_a_model_gets_refined_seeds(tmp_path: Path) -> None:
     costs = CostModels(
         {"one": CorrectedCost(in_space(LATENCY)), "two": CorrectedCost(in_space(OTHER))}
     )
-    refine_seeds(context, study, Start(in_space(LOSS), costs), scene.keep_busy, lambda: False)
+    refine_seeds(context, study, Start(in_space(LOSS), costs), scene.keep_busy, lambda: math.inf)
     assert [seed[RUNTIME] for seed in enqueued] == [0, 0, 0, 2, 2, 2]
