@@ -29,7 +29,7 @@ from autocompress.bank import Bank
 from autocompress.bank.changes import changed_layers
 from autocompress.bank.store import make_key, network_hash, tensors_hash
 from autocompress.files import user_cache, write_json
-from autocompress.graph.layers import NORM_TYPES, flatten_outputs
+from autocompress.graph.layers import LAYER_TYPES, NORM_TYPES, flatten_outputs
 from autocompress.plan import Decision
 from autocompress.recover.normalization import moments
 from autocompress.search.costs.factored import Factor, FactoredSum
@@ -50,7 +50,7 @@ _PASS = 512
 # Values that a layer may give in a pass: several such tensors are held at a time.
 _PASS_VALUES = 1.5e8
 _TINY = 1e-12
-_VERSION = 3
+_VERSION = 4
 
 
 @final
@@ -288,28 +288,57 @@ def run_beside(
 def _hooks(
     network: nn.Module, by_layer: Mapping[str, Sequence[tuple[int, nn.Module]]], parts: int
 ) -> Iterator[None]:
+    pass_ = _Pass(parts)
+    norms = [m for m in network.modules() if isinstance(m, NORM_TYPES) and m.track_running_stats]
     handles = [
-        network.get_submodule(name).register_forward_hook(_replace_parts(found, parts))
+        network.get_submodule(name).register_forward_hook(_replace_parts(found, pass_))
         for name, found in by_layer.items()
     ]
-    handles += [
-        module.register_forward_hook(_repair(parts))
-        for module in network.modules()
-        if isinstance(module, NORM_TYPES) and module.track_running_stats
-    ]
+    handles += [module.register_forward_hook(_repair(pass_)) for module in norms]
+    own = [m for m in network.modules() if isinstance(m, LAYER_TYPES) and "forward" not in vars(m)]
+    shared = own + norms
+    for module in shared:
+        setattr(module, "forward", _once(module, pass_))  # noqa: B010 - as mypy has it
     try:
         yield
     finally:
+        for module in shared:
+            del module.forward
         for handle in handles:
             handle.remove()
+
+
+@final
+@dataclass
+class _Pass:
+    """Whether the parts of a batch still are copies of each other: no changed layer was reached."""
+
+    parts: int
+    changed: bool = False
+
+
+def _once(module: nn.Module, pass_: _Pass) -> Callable[[Tensor], Tensor]:
+    """The work of a layer that treats each row by itself, done once as long as parts are copies."""
+    forward = module.forward
+
+    def run(x: Tensor) -> Tensor:
+        if not pass_.changed and len(x) % pass_.parts == 0:
+            chunks = x.chunk(pass_.parts)
+            # Rows may be something else than samples.
+            if all(torch.equal(chunks[0], chunk) for chunk in chunks[1:]):
+                return torch.cat([forward(chunks[0])] * pass_.parts)
+        return cast(Tensor, forward(x))
+
+    return run
 
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
 
 
-def _replace_parts(found: Sequence[tuple[int, nn.Module]], parts: int) -> Hook:
+def _replace_parts(found: Sequence[tuple[int, nn.Module]], pass_: _Pass) -> Hook:
     def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        rows = len(output) // parts
+        pass_.changed = True
+        rows = len(output) // pass_.parts
         changed = output.clone()
         for part, module in found:
             mine = slice(part * rows, (part + 1) * rows)
@@ -332,20 +361,22 @@ def _rounded(module: nn.Module, x: Tensor) -> Tensor:
     return rounded
 
 
-def _repair(parts: int) -> Hook:
-    """Batch norms whose statistics move by as much as the change moved the samples' own."""
+def _repair(pass_: _Pass) -> Hook:
+    """Batch norms whose statistics follow the samples', as `BatchNormRepair` sets them."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        norm, x = cast(nn.BatchNorm2d, module), args[0]
+        if not pass_.changed:
+            return output
+        norm, x, parts = cast(nn.BatchNorm2d, module), args[0], pass_.parts
         assert norm.running_mean is not None and norm.running_var is not None
         grouped = x.reshape(parts, len(x) // parts, x.shape[1], -1)
         first, spread = (m.reshape(grouped.shape[:3]) for m in moments(x))
         mean = first.mean(1)
         variance = ((spread + first.square()).mean(1) - mean.square()).clamp(min=0).to(x)
         mean = mean.to(x)
-        mean = norm.running_mean + mean - mean[0]
         # Where the original's channel is constant there is no ratio to go by.
         ratio = torch.where(variance[0] > _TINY, variance / variance[0].clamp(min=_TINY), 1.0)
+        mean = mean + (norm.running_mean - mean[0]) * ratio.sqrt()
         factor = torch.rsqrt(norm.running_var * ratio + norm.eps)
         shift = -mean * factor
         if norm.affine:

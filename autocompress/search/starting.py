@@ -215,16 +215,17 @@ class Refinement:
         found = frontier(loss, cost, _FRONTIER)
         for number, wanted in enumerate(_REFINED_AT):
             start = min(found, key=lambda s: abs(math.log((s.loss + 1e-6) / wanted)))
-            end = time.monotonic() + self._each_s
-            scorer = Scorer(
-                self._score, self._known, lambda: self._stop() or time.monotonic() > end
-            )
+            scorer = Scorer(self._score, self._known, self._over_after(self._each_s))
             seed = 1000 * self._prepared.experiment.search.seed + number
             settings = RefineSettings(tries=_TRIES, seed=seed)
             refined = refine(loss, cost, start.cost, scorer, settings)
             yield {**refined.indices, RUNTIME: runtime}
             if self._stop():
                 break
+
+    def _over_after(self, seconds: float) -> Callable[[], bool]:
+        end = time.monotonic() + seconds
+        return lambda: self._stop() or time.monotonic() > end
 
     def _score(self, indices: Mapping[str, int]) -> float:
         self._keep_busy()

@@ -84,6 +84,38 @@ def test_hooks_go_away_though_a_change_fails() -> None:
     assert not any(m._forward_hooks for m in case.network.modules())
 
 
+class Counted(nn.Linear):
+    """Knows how many rows it last computed."""
+
+    rows = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows = len(x)
+        return super().forward(x)
+
+
+class Crossed(nn.Module):
+    """Its second layer treats features as rows; its third sees samples again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.across, self.last = Counted(3, 3), Counted(12, 12), Counted(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.across(self.first(x).T).T)
+
+
+def test_what_comes_before_the_first_change_is_computed_once() -> None:
+    network = Crossed().eval()
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    expected = run(network, (torch.cat([x, x, x]),))[0]
+    found = run_beside(network, [{"last": nn.Linear(3, 2)}, {}], (x,))
+    torch.testing.assert_close(found[0][0], expected[:4])
+    # `across` has as many rows as there are parts, which are no copies of each other.
+    assert [layer.rows for layer in network.children()] == [4, 3, 12]
+    assert not any("forward" in vars(layer) for layer in network.children())
+
+
 def moments_of(network: nn.Module, inputs: tuple[Tensor, ...], visit: Any) -> None:
     """Run a network and call `visit` with each batch norm's name, itself and its input."""
     handles = [
@@ -112,8 +144,9 @@ def alone(network: nn.Module, modules: Mapping[str, nn.Module], inputs: Any) -> 
 
     def repair(name: str, norm: Any, rows: Tensor) -> None:
         mean, variance = before[name]
-        norm.running_mean += rows.mean(1) - mean
-        norm.running_var *= rows.var(1, correction=0) / variance
+        ratio = rows.var(1, correction=0) / variance
+        norm.running_mean.copy_(rows.mean(1) + (norm.running_mean - mean) * ratio.sqrt())
+        norm.running_var *= ratio
 
     state = copy.deepcopy(changed)
     moments_of(state, inputs, repair)
