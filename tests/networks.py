@@ -241,6 +241,34 @@ class Words(nn.Module):
         return self.head(F.relu(self.hidden(x)).mean(1))
 
 
+class Stacked(nn.Module):
+    """Post-norm blocks that give tuples, between layers that are as wide and no blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        self.layers = nn.ModuleList(TupleBlock(8, 12) for _ in range(3))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.plain(self.embed(x))
+        for layer in self.layers:
+            x = layer(hidden=x, mask=None)[0]
+        return self.head(x.mean(1))
+
+
+class TupleBlock(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
+        assert mask is None
+        return self.norm(hidden + self.down(F.gelu(self.up(hidden)))), None
+
+
 _KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
     "residual": (Residual, ((2, 8, 8),)),
     "concat": (Concat, ((2, 6, 6),)),
@@ -254,6 +282,7 @@ _KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] =
     "attention": (lambda: Transformer(12, SelfAttention(12, 4)), ((7, 6),)),
     "words": (Words, ((7,),)),
     "fused_attention": (lambda: Transformer(10, FusedAttention(10, 4, 3)), ((7, 6),)),
+    "stacked": (Stacked, ((7, 6),)),
 }
 NAMES = tuple(_KINDS)
 # Those all of whose layers are convolutions and matrix products.

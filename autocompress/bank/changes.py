@@ -15,23 +15,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autocompress.bank.bank import Bank
-from autocompress.bank.stitch import channels_to_remove, kept_columns
+from autocompress.bank.stitch import block_of, channels_to_remove, kept_columns
+from autocompress.graph.blocks import PassThrough
 from autocompress.graph.groups import dense_consumers, removed_sides
 from autocompress.graph.norms import fold_batch_norm
 from autocompress.plan import Decision
-from autocompress.techniques import GroupTechnique, LayerTechnique, technique_of
+from autocompress.techniques import BlockTechnique, GroupTechnique, LayerTechnique, technique_of
 
 
 def changed_layers(bank: Bank, target: str, decision: Decision) -> Mapping[str, nn.Module]:
-    """The modules that a decision changes, by layer name; the network is left as it is.
+    """The modules that a decision changes, by their names; the network is left as it is.
 
     Args:
-        target: a channel group for techniques that remove channels, else a layer.
+        target: a channel group for techniques that remove channels, a block for those that take it
+            out, else a layer.
 
     Raises:
         PlanError: there is no such target, or it can't be pruned.
     """
     technique = technique_of(decision)
+    if isinstance(technique, BlockTechnique):
+        block = block_of(bank, target)
+        drops = decision != technique.identity
+        return {target: PassThrough(bank.network.get_submodule(target), block)} if drops else {}
     if isinstance(technique, GroupTechnique):
         return _readers(bank, technique, target, decision)
     assert isinstance(technique, LayerTechnique)

@@ -14,7 +14,8 @@ from autocompress.bank.bank import Bank
 from autocompress.bank.parts import part_layer, part_statistics
 from autocompress.bank.store import make_key, tensors_hash
 from autocompress.errors import PlanError
-from autocompress.graph import ChannelGroup
+from autocompress.graph import Block, ChannelGroup
+from autocompress.graph.blocks import drop_blocks, dropped_blocks, is_within
 from autocompress.graph.groups import (
     Removal,
     Side,
@@ -26,9 +27,10 @@ from autocompress.graph.groups import (
 from autocompress.graph.layers import NORM_TYPES
 from autocompress.graph.norms import fold_batch_norm
 from autocompress.plan import Decision, Plan
-from autocompress.techniques import TECHNIQUES
+from autocompress.techniques import TECHNIQUES, dropped_by
 from autocompress.techniques.equalize import equalized
 from autocompress.techniques.technique import (
+    BlockTechnique,
     GroupTechnique,
     LayerProblem,
     LayerTechnique,
@@ -57,14 +59,17 @@ class Stitched:
 def stitch(bank: Bank, plan: Plan) -> Stitched:
     """Put the network together that a plan describes, up to its training; no quantization yet.
 
-    The original is not changed.
+    The original is not changed. Channel groups that run through a block that is taken out lose
+    their channels everywhere else.
 
     Raises:
-        PlanError: the plan names a layer or group that the network does not have, or decides two
-            things of the same stage for one.
+        PlanError: the plan names a layer, group or block that the network does not have, or decides
+            two things of the same stage for one.
     """
     check_stages(bank, plan)
     network = bank.copy_network()
+    gone = dropped_by(plan)
+    drop_blocks(network, [b for b in bank.graph.blocks if b.name in gone])
     removals: list[Removal] = []
     refitted: list[ChannelGroup] = []
     for technique in TECHNIQUES:
@@ -89,19 +94,25 @@ def apply_stage(bank: Bank, stitched: Stitched, plan: Plan, stage: Stage) -> Non
 
     The layers may have been trained since: what is solved depends on their present weights.
     """
+    gone = dropped_blocks(stitched.network)
     for technique in TECHNIQUES:
         if isinstance(technique, LayerTechnique) and technique.stage is stage:
             for target, decision in plan.of(technique.name).items():
-                _apply(bank, stitched, technique, (target, decision))
+                if not is_within(target, gone):
+                    _apply(bank, stitched, technique, (target, decision))
     stitched.network.eval()
 
 
 def check_stages(bank: Bank, plan: Plan) -> None:
-    """Check that a plan decides for layers that there are, one thing per layer and stage.
+    """Check that a plan decides for layers and blocks that there are, one thing for each stage.
 
     Raises:
         PlanError: it does not.
     """
+    for technique in TECHNIQUES:
+        if isinstance(technique, BlockTechnique):
+            for target in plan.of(technique.name):
+                block_of(bank, target)
     known = [layer.name for layer in bank.graph.layers if layer.compressible]
     decided: dict[tuple[str, Stage], str] = {}
     for technique in TECHNIQUES:
@@ -121,6 +132,22 @@ def check_stages(bank: Bank, plan: Plan) -> None:
                     given=f"{other} and {technique.name} of {target}",
                     allowed="one of them",
                 )
+
+
+def block_of(bank: Bank, target: str) -> Block:
+    """The block of that name.
+
+    Raises:
+        PlanError: there is none.
+    """
+    for block in bank.graph.blocks:
+        if block.name == target:
+            return block
+    raise PlanError(
+        f"The network has no block '{target}' that may be taken out.",
+        given=target,
+        allowed=", ".join(block.name for block in bank.graph.blocks) or "none",
+    )
 
 
 def _kept_norm_channels(
@@ -164,7 +191,13 @@ def _refit_readers(
     sides: Mapping[tuple[str, Side], list[int]],
 ) -> None:
     """Give the layers that read refitted groups the weights that make up best for the loss."""
-    readers = [m.module for group in refitted for m in dense_consumers(bank.network, group)]
+    gone = dropped_blocks(network)
+    readers = [
+        m.module
+        for group in refitted
+        for m in dense_consumers(bank.network, group)
+        if not is_within(m.module, gone)
+    ]
     for name in dict.fromkeys(readers):
         module = network.get_submodule(name)
         layer = bank.graph.layer(name)

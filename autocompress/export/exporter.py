@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -17,6 +18,7 @@ from autocompress.errors import ExportError
 from autocompress.export.observe import run_float
 from autocompress.export.skeleton import Graph, Skeleton, export_afresh
 from autocompress.graph import NetworkGraph
+from autocompress.graph.blocks import drop_blocks, dropped_blocks, is_within
 from autocompress.graph.layers import flatten_outputs
 from autocompress.graph.norms import fold_batch_norms
 from autocompress.techniques.technique import CodebookWeight, IntegerWeight
@@ -26,6 +28,8 @@ from autocompress.workload import Axes, other_sizes
 PARITY_TOLERANCE = 1e-3
 # Of the changes that the graph must follow, as shares of a layer's mean weight.
 _NOISE, _LEAST_NOISE = 0.1, 0.1
+# Graphs without some blocks, each without the weights, that are kept at a time.
+_MOST_SKELETONS = 8
 _INTEGERS, _CODEBOOK = "integer_weight", "codebook_weight"
 
 
@@ -109,6 +113,7 @@ class Exporter:
         parity_inputs: tuple[Tensor, ...],
         axes: Sequence[Axes] = (),
     ) -> None:
+        self._network, self._blocks = network, graph.blocks
         self._norms = graph.norms
         self._layers = tuple(layer.name for layer in graph.layers)
         self._example_inputs = example_inputs
@@ -117,6 +122,7 @@ class Exporter:
         self._parity_inputs = (parity_inputs, *([] if other is None else [other]))
         folded = fold_batch_norms(network, self._norms)
         self._skeleton = Skeleton(folded, example_inputs, self._layers, self._axes)
+        self._without: OrderedDict[tuple[str, ...], Skeleton] = OrderedDict()
         plain = [layer.name for layer in graph.layers if layer.compressible]
         self.faults = {
             name: self._skeleton.faults[name] for name in plain if name in self._skeleton.faults
@@ -133,15 +139,36 @@ class Exporter:
         folded = fold_batch_norms(network, self._norms)
         with torch.no_grad():
             expected = [flatten_outputs(network(*inputs)) for inputs in self._parity_inputs]
+        gone = dropped_blocks(network)
         try:
-            graph, fresh = self._skeleton.fill(folded), False
+            graph, fresh = self._skeleton_without(gone).fill(folded), False
             parity = self._check(graph, expected)
         except ExportError:
             # A channel count that the graph holds as a constant: only a new export knows it.
-            example = self._example_inputs
-            graph, fresh = export_afresh(folded, example, self._layers, self._axes), True
+            example, layers = self._example_inputs, self._layers_without(gone)
+            graph, fresh = export_afresh(folded, example, layers, self._axes), True
             parity = self._check(graph, expected)
         return FloatModel(graph, *_stored_weights(folded, graph), parity, fresh)
+
+    def _layers_without(self, gone: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in self._layers if not is_within(name, gone))
+
+    def _skeleton_without(self, gone: tuple[str, ...]) -> Skeleton:
+        """The graph without some blocks, made on first use; the last few are kept."""
+        if not gone:
+            return self._skeleton
+        # Taken out and put back: another thread may be looking for one too.
+        found = self._without.pop(gone, None)
+        if found is None:
+            network = copy.deepcopy(self._network)
+            drop_blocks(network, [block for block in self._blocks if block.name in gone])
+            folded = fold_batch_norms(network, self._norms)
+            layers = self._layers_without(gone)
+            found = Skeleton(folded, self._example_inputs, layers, self._axes)
+        self._without[gone] = found
+        while len(self._without) > _MOST_SKELETONS:
+            self._without.popitem(last=False)
+        return found
 
     def _unfollowed(self, folded: nn.Module, layers: Sequence[str]) -> dict[str, str]:
         """Layers whose changes do not reach the graph, as where it holds a copy of the weight."""

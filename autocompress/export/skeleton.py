@@ -2,6 +2,7 @@
 
 Exporting costs over a second, filling a skeleton milliseconds. Channel counts live in the weights,
 not in the graph, so one skeleton serves every pruning; a decomposed layer becomes a chain of nodes.
+Each set of blocks that are taken out has a skeleton of its own.
 """
 
 from __future__ import annotations

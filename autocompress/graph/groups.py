@@ -13,6 +13,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from autocompress.errors import GraphError
+from autocompress.graph.blocks import dropped_blocks, is_within
 from autocompress.graph.endless import EndlessGroup, bounded_groups
 from autocompress.graph.layers import LAYER_TYPES, NORM_TYPES, flatten_outputs
 
@@ -96,8 +97,14 @@ def removed_sides(removals: Sequence[Removal]) -> dict[tuple[str, Side], list[in
 
 
 def remove_channels(network: nn.Module, removals: Sequence[Removal]) -> None:
-    """Remove channels of several groups from the traced network or a copy of it, in place."""
+    """Remove channels of several groups from the traced network or a copy of it, in place.
+
+    Of groups that run through blocks which were taken out, what is left of them.
+    """
+    gone = dropped_blocks(network)
     for (name, side), indices in removed_sides(removals).items():
+        if is_within(name, gone):
+            continue
         module = network.get_submodule(name)
         if isinstance(module, nn.LayerNorm):
             _cut_layer_norm(module, indices)
@@ -106,7 +113,7 @@ def remove_channels(network: nn.Module, removals: Sequence[Removal]) -> None:
         cut = pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
         cut(module, indices)
     for group, channels in removals:
-        for count in group.heads:
+        for count in group.heads if not is_within(group.name, gone) else ():
             owner = network.get_submodule(count.module)
             left = getattr(owner, count.attribute) - count.per_head * len(set(channels))
             setattr(owner, count.attribute, left)

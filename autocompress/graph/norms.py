@@ -9,9 +9,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from autocompress.graph.blocks import dropped_blocks, is_within
+
 
 def fold_batch_norms(network: nn.Module, norms: Mapping[str, str]) -> nn.Module:
     """A copy of a network in evaluation mode whose batch norms are part of their layers.
+
+    Those in blocks that were taken out are gone.
 
     Where a layer has been decomposed, the last of its parts takes the norm. A `weight_scale` left
     by a quantization technique is scaled with the weight, so its integers stay the same.
@@ -20,8 +24,10 @@ def fold_batch_norms(network: nn.Module, norms: Mapping[str, str]) -> nn.Module:
         norms: for a layer's name the name of the batch norm that alone reads it.
     """
     folded = copy.deepcopy(network).eval()
+    gone = dropped_blocks(folded)
     for name in norms:
-        fold_batch_norm(folded, norms, name)
+        if not is_within(name, gone):
+            fold_batch_norm(folded, norms, name)
     return folded
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.errors import GraphError
+from autocompress.graph.blocks import Block
 from autocompress.graph.groups import ChannelGroup, find_groups, sparing
 from autocompress.graph.heads import find_heads
 from autocompress.graph.layers import (
@@ -23,6 +24,7 @@ from autocompress.graph.layers import (
     run_hooked,
 )
 from autocompress.graph.plain import division_faults, layer_faults
+from autocompress.graph.residual import find_blocks
 
 
 @final
@@ -35,12 +37,14 @@ class NetworkGraph:
         groups: coupled channel groups and attention heads, prunable or with the reason why not.
         norms: for a layer whose output goes into one batch norm only, that norm's name.
         notes: what could not be found out, and why.
+        blocks: residual blocks that can be dropped, in the network's order; none holds another.
     """
 
     layers: tuple[Layer, ...]
     groups: tuple[ChannelGroup, ...]
     norms: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    blocks: tuple[Block, ...] = ()
 
     def layer(self, name: str) -> Layer:
         """The layer of that name."""
@@ -49,6 +53,10 @@ class NetworkGraph:
     def group(self, name: str) -> ChannelGroup:
         """The channel group of that name."""
         return next(group for group in self.groups if group.name == name)
+
+    def block(self, name: str) -> Block:
+        """The block of that name."""
+        return next(block for block in self.blocks if block.name == name)
 
     @property
     def macs(self) -> int:
@@ -113,7 +121,8 @@ def trace(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> NetworkGrap
     if not groups and not notes:
         notes = ("No channels can be removed: no channel groups were found.",)
     norms = {layer: norm for layer, norm in norms.items() if layer in names}
-    return NetworkGraph(layers, groups, norms, notes)
+    blocks = find_blocks(network, example_inputs, layers, norms)
+    return NetworkGraph(layers, groups, norms, notes, blocks)
 
 
 def _judged(

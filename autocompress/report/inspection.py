@@ -1,4 +1,4 @@
-"""What `autocompress inspect` shows: modules and channel groups, what they can take or why not."""
+"""What `autocompress inspect` shows: modules, groups and blocks, what they can take or why not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autocompress.report import figures
-from autocompress.search.inspection import GroupRow, Inspection, ModuleRow
+from autocompress.search.inspection import BlockRow, GroupRow, Inspection, ModuleRow
 
 _NAME_WIDTH: Final = 34
 _LEFT_ALONE: Final = "dim"
@@ -27,6 +27,9 @@ def inspection_parts(inspection: Inspection, width: int = 100) -> tuple[Renderab
     if inspection.groups:
         heading = Text("\nChannel groups: channels that can only be removed together", style="bold")
         parts += [heading, _group_table(inspection.groups, width)]
+    if inspection.blocks:
+        heading = Text("\nBlocks that the network can do without", style="bold")
+        parts += [heading, _block_table(inspection.blocks, width)]
     lines = []
     if inspection.network_techniques:
         lines.append(f"the network as a whole: {', '.join(inspection.network_techniques)}")
@@ -71,13 +74,26 @@ def _group_table(groups: Sequence[GroupRow], width: int) -> Table:
     return table
 
 
+def _block_table(blocks: Sequence[BlockRow], width: int) -> Table:
+    table = _table(width)
+    table.add_column("block", overflow="fold", max_width=_NAME_WIDTH + 8)
+    for heading in ("layers", "weights", "MACs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("techniques, or why it is left alone", ratio=1)
+    for row in blocks:
+        style = "" if row.techniques else _LEFT_ALONE
+        shares = (_share(row.weight_share), _share(row.macs_share))
+        table.add_row(Text(row.name), str(row.layers), *shares, _verdict(row), style=style)
+    return table
+
+
 def _table(width: int) -> Table:
     return Table(
         box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0), width=width
     )
 
 
-def _verdict(row: ModuleRow | GroupRow) -> Text:
+def _verdict(row: ModuleRow | GroupRow | BlockRow) -> Text:
     return Text("; ".join(filter(None, (", ".join(row.techniques), row.reason))))
 
 

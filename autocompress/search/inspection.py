@@ -10,14 +10,21 @@ from typing import Any, final
 from autocompress.config import SearchSpace, load_experiment, load_search_space
 from autocompress.device import DeviceProfile, load_profile
 from autocompress.errors import ExportError
-from autocompress.graph import ChannelGroup, NetworkGraph, trace
+from autocompress.graph import Block, ChannelGroup, NetworkGraph, trace
+from autocompress.graph.blocks import is_within
 from autocompress.graph.owners import Owner, find_owners
 from autocompress.search.arrange import arranged
 from autocompress.search.prepare import make_exporter
 from autocompress.search.progress import Progress
 from autocompress.search.space import Space, open_space, unused_values
 from autocompress.search.space_rules import Rules
-from autocompress.techniques import GroupTechnique, LayerTechnique, technique_named, technique_of
+from autocompress.techniques import (
+    BlockTechnique,
+    GroupTechnique,
+    LayerTechnique,
+    technique_named,
+    technique_of,
+)
 from autocompress.techniques.technique import NETWORK
 from autocompress.workload import check_workload, load_workload
 
@@ -59,10 +66,32 @@ class GroupRow:
 
 @final
 @dataclass(frozen=True)
+class BlockRow:
+    """A residual block that could be taken out.
+
+    Attributes:
+        layers: how many are in it.
+        weight_share: of the network's parameters, norms and the like among them.
+        macs_share: of its layers, of all multiply-accumulates that are known.
+        techniques: of the search space, that take it out.
+        reason: why there is none.
+    """
+
+    name: str
+    layers: int
+    weight_share: float
+    macs_share: float
+    techniques: tuple[str, ...]
+    reason: str
+
+
+@final
+@dataclass(frozen=True)
 class Inspection:
     """What a search could change in a network.
 
     Attributes:
+        blocks: residual blocks that the network can do without.
         network_techniques: those that work on the network as a whole.
         unused: values of the search space that nothing takes.
         notes: what could not be found out, and what a search would refuse.
@@ -70,6 +99,7 @@ class Inspection:
 
     modules: tuple[ModuleRow, ...]
     groups: tuple[GroupRow, ...]
+    blocks: tuple[BlockRow, ...]
     network_techniques: tuple[str, ...]
     unused: tuple[str, ...]
     notes: tuple[str, ...]
@@ -142,8 +172,16 @@ def inspect_network(
             )
         )  # fmt: skip
     groups = tuple(_group_row(rules, group, taken) for group in graph.groups)
-    unused = tuple(unused_values(space, built))
-    return Inspection(tuple(modules), groups, taken.get(NETWORK, ()), unused, graph.notes)
+    blocks: list[BlockRow] = []
+    for block in graph.blocks:
+        inner = [owner for owner in owners if is_within(f"{owner.name}.", [block.name])]
+        shares = (
+            sum(owner.weights for owner in inner) / weights,
+            sum(owner.macs or 0 for owner in inner) / macs,
+        )
+        blocks.append(_block_row(rules, block, shares, taken.get(block.name, ())))
+    unused, whole = tuple(unused_values(space, built)), taken.get(NETWORK, ())
+    return Inspection(tuple(modules), groups, tuple(blocks), whole, unused, graph.notes)
 
 
 def _taken(space: Space) -> dict[str, tuple[str, ...]]:
@@ -198,3 +236,18 @@ def _group_row(rules: Rules, group: ChannelGroup, taken: dict[str, tuple[str, ..
         elif all(rules.excludes(t, group.name) for t in kinds):
             reason = "the search space excludes it"
     return GroupRow(group.name, group.size, bool(group.heads), techniques, reason)
+
+
+def _block_row(
+    rules: Rules, block: Block, shares: tuple[float, float], techniques: tuple[str, ...]
+) -> BlockRow:
+    offered = [technique_named(name) for name in rules.space.techniques]
+    kinds = [t for t in offered if isinstance(t, BlockTechnique)]
+    reason = ""
+    if not techniques:
+        reason = "no value of the search space suits it, or it is fixed"
+        if not kinds:
+            reason = "no technique of the search space takes blocks out"
+        elif all(rules.excludes(t, block.name) for t in kinds):
+            reason = "the search space excludes it, or a layer in it"
+    return BlockRow(block.name, len(block.layers), *shares, techniques, reason)

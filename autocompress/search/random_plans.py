@@ -12,6 +12,8 @@ from autocompress.techniques.technique import Stage
 # Levels of one plan spread around its strength by so many levels.
 _SPREAD = 1.0
 _DECOMPOSED = 0.5
+# The strongest plans leave most blocks in, or there would be little else to see.
+_DROPPED = 0.3
 _WHOLE_NETWORK = 0.1
 _ATTEMPTS = 50
 
@@ -19,8 +21,8 @@ _ATTEMPTS = 50
 def random_plans(space: Space, count: int, generator: np.random.Generator) -> tuple[Plan, ...]:
     """Distinct plans that do something, without training; fewer, if the space has no more.
 
-    Each plan draws how hard it prunes, how often it decomposes and how often it quantizes; then
-    each choice draws its level around that.
+    Each plan draws how hard it prunes, how often it drops blocks and decomposes, and how often it
+    quantizes; then each choice draws its level around that.
     """
     found: dict[str, Plan] = {}
     for _ in range(_ATTEMPTS * count):
@@ -46,10 +48,13 @@ def _draw(space: Space, generator: np.random.Generator) -> Plan:
 def _index(
     parameter: Parameter, strength: float, quantized: float, generator: np.random.Generator
 ) -> int:
-    if parameter.target != NETWORK and parameter.stage in (Stage.PRUNE, Stage.SPARSIFY):
+    graded = parameter.stage in (Stage.PRUNE, Stage.SPARSIFY) and not parameter.drops
+    if parameter.target != NETWORK and graded:
         level = generator.normal(strength * parameter.highest, _SPREAD)
         return int(np.clip(round(level), 0, parameter.highest))
-    if parameter.target == NETWORK:
+    if parameter.drops:
+        chance = _DROPPED * strength
+    elif parameter.target == NETWORK:
         chance = _WHOLE_NETWORK
     elif parameter.stage is Stage.QUANTIZE:
         chance = quantized

@@ -17,6 +17,8 @@ _FEW_GROUPS = 12
 def uniform_seeds(space: Space) -> list[Indices]:
     """Parameter values of the starting plans, the most telling first; none twice.
 
+    No blocks are taken out: without all of them there is no network left to look at.
+
     With the fastest quantization of the first technique that the space names: pruning,
     decomposition and sparsity at every level all over the network, pruning also of uncoupled groups
     only, which costs less accuracy for the same speed, and, where there are few groups, of each
@@ -44,7 +46,8 @@ def uniform_seeds(space: Space) -> list[Indices]:
 
 
 def _of_stage(space: Space, stage: Stage) -> list[Parameter]:
-    return [p for p in space.parameters if p.stage is stage and p.target != NETWORK]
+    own = [p for p in space.parameters if p.stage is stage and p.target != NETWORK]
+    return [p for p in own if not p.drops]
 
 
 def _network(space: Space) -> list[Parameter]:

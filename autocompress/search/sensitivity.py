@@ -1,8 +1,9 @@
 """Sensitivity: how much the outputs change with a single decision, everything else unchanged.
 
 Many changed networks run in one pass: a batch holds the same samples once for the original network
-and once for every change, and each changed layer is computed anew for its own part. Batch norms are
-repaired in passing, by what the change did to the moments of its part against the original's.
+and once for every change, and each changed layer is computed anew for its own part; a block that is
+taken out gives its part what came in. Batch norms are repaired in passing, by what the change did
+to the moments of its part against the original's.
 
 With changes and passes both growing with the depth, the cost would grow with its square. So fewer
 samples are taken the more there is to do, and where few are left, fewer levels of each choice are
@@ -29,6 +30,7 @@ from autocompress.bank import Bank
 from autocompress.bank.changes import changed_layers
 from autocompress.bank.store import make_key, network_hash, tensors_hash
 from autocompress.files import user_cache, write_json
+from autocompress.graph.blocks import PassThrough, first_output, first_tensor
 from autocompress.graph.layers import LAYER_TYPES, NORM_TYPES, flatten_outputs
 from autocompress.plan import Decision
 from autocompress.recover.normalization import moments
@@ -291,7 +293,9 @@ def _hooks(
     pass_ = _Pass(parts)
     norms = [m for m in network.modules() if isinstance(m, NORM_TYPES) and m.track_running_stats]
     handles = [
-        network.get_submodule(name).register_forward_hook(_replace_parts(found, pass_))
+        network.get_submodule(name).register_forward_hook(
+            _replace_parts(found, pass_), with_kwargs=True
+        )
         for name, found in by_layer.items()
     ]
     handles += [module.register_forward_hook(_repair(pass_)) for module in norms]
@@ -335,15 +339,19 @@ def _once(module: nn.Module, pass_: _Pass) -> Callable[[Tensor], Tensor]:
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
 
 
-def _replace_parts(found: Sequence[tuple[int, nn.Module]], pass_: _Pass) -> Hook:
-    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def _replace_parts(found: Sequence[tuple[int, nn.Module]], pass_: _Pass) -> Callable[..., Any]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         pass_.changed = True
-        rows = len(output) // pass_.parts
-        changed = output.clone()
+        x, given = first_tensor(args, kwargs), first_output(output)
+        assert x is not None and given is not None
+        rows = len(given[0]) // pass_.parts
+        changed = given[0].clone()
         for part, module in found:
             mine = slice(part * rows, (part + 1) * rows)
-            changed[mine] = module(_rounded(module, args[0][mine]))
-        return changed
+            changed[mine] = (
+                x[mine] if isinstance(module, PassThrough) else module(_rounded(module, x[mine]))
+            )
+        return changed if isinstance(output, Tensor) else type(output)((changed, *output[1:]))
 
     return hook
 

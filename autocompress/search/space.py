@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import final
@@ -23,7 +24,7 @@ from autocompress.search.space_rules import (
     targets_of,
     ties,
 )
-from autocompress.techniques import consistent, technique_named
+from autocompress.techniques import BlockTechnique, consistent, technique_named, technique_of
 from autocompress.techniques.technique import NETWORK, Stage
 
 
@@ -36,7 +37,7 @@ class Parameter:
     another, each technique's from the mildest to the strongest.
 
     Attributes:
-        target: the layer, the channel group, or `network`; of tied ones the first.
+        target: the layer, the channel group, the block, or `network`; of tied ones the first.
         tied: further targets, of the same kind, that take the same decision.
     """
 
@@ -54,6 +55,11 @@ class Parameter:
     def targets(self) -> tuple[str, ...]:
         """All that the choice is about."""
         return (self.target, *self.tied)
+
+    @property
+    def drops(self) -> bool:
+        """Whether it takes blocks out."""
+        return isinstance(technique_of(self.decisions[0]), BlockTechnique)
 
     @property
     def highest(self) -> int:
@@ -181,9 +187,11 @@ def _parameters(
 ) -> tuple[Parameter, ...]:
     """One parameter per stage and target, or per stage and tie; a tie stands at its first."""
     tied: dict[Place, list[str]] = {}
+    blocks = {block.name for block in rules.graph.blocks}
     for names in ties(rules):
-        for stage in Stage:
-            members = [t for t in names if (stage, t) in found]
+        # Blocks are another kind of target than the groups that lose channels at their stage.
+        for stage, whole in itertools.product(Stage, (False, True)):
+            members = [t for t in names if (stage, t) in found and (t in blocks) is whole]
             tied |= {(stage, target): members for target in members if len(members) > 1}
     parameters = []
     for (stage, target), decisions in found.items():

@@ -14,6 +14,7 @@ from autocompress.errors import ConfigError, PlanError
 from autocompress.graph import NetworkGraph
 from autocompress.plan import Decision, make_decision
 from autocompress.techniques import (
+    BlockTechnique,
     GroupTechnique,
     LayerTechnique,
     Technique,
@@ -47,11 +48,12 @@ class Rules:
             technique_named(name)
 
     def excludes(self, technique: Technique, target: str) -> bool:
-        """Whether the file keeps a technique from a target."""
+        """Whether the file keeps a technique from a target; a block goes with all its layers."""
         spared = [
             p for p, names in self.space.exclude_techniques.items() if technique.name in names
         ]
-        return _matches(target, (*self.space.exclude, *spared))
+        inner = self.graph.block(target).layers if isinstance(technique, BlockTechnique) else ()
+        return any(_matches(name, (*self.space.exclude, *spared)) for name in (target, *inner))
 
     def choices(
         self, technique: Technique, target: str, offered: tuple[Decision, ...]
@@ -59,6 +61,8 @@ class Rules:
         """The decisions that make sense for a target, none if it is excluded."""
         if self.excludes(technique, target):
             return ()
+        if isinstance(technique, BlockTechnique):
+            return technique.choices(self.graph.block(target), offered, self.device)
         if isinstance(technique, GroupTechnique):
             return technique.choices(self.graph.group(target), offered, self.device)
         if isinstance(technique, LayerTechnique):
@@ -70,6 +74,8 @@ class Rules:
 
 def targets_of(technique: Technique, graph: NetworkGraph) -> tuple[str, ...]:
     """Names of all that a technique may work on."""
+    if isinstance(technique, BlockTechnique):
+        return tuple(b.name for b in graph.blocks)
     if isinstance(technique, GroupTechnique):
         return tuple(g.name for g in graph.groups if g.prunable)
     if isinstance(technique, LayerTechnique):
@@ -136,14 +142,15 @@ def quantizes_all(fixed: Mapping[Place, Decision]) -> bool:
 
 
 def ties(rules: Rules) -> list[list[str]]:
-    """The names of each tie's layers and channel groups, layers first and in their order.
+    """The names of each tie's layers, channel groups and blocks, in this and in their order.
 
     Raises:
         ConfigError: a pattern that matches nothing, or a target in two ties.
     """
     groups = [g.name for g in rules.graph.groups if g.prunable]
     layers = [x.name for x in rules.graph.layers if x.compressible]
-    names = list(dict.fromkeys([*layers, *groups]))
+    blocks = [b.name for b in rules.graph.blocks]
+    names = list(dict.fromkeys([*layers, *groups, *blocks]))
     matched = [{n for p in tie for n in _matching(p, names, "tie")} for tie in rules.space.tie]
     found = [[name for name in names if name in tie] for tie in matched]
     for one, other in itertools.combinations(found, 2):

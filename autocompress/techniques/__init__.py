@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autocompress.errors import ConfigError
+from autocompress.graph.blocks import is_within
 from autocompress.plan import Decision, Plan, Step, plan_from_rows
+from autocompress.techniques.block_drop import BLOCK_DROP
 from autocompress.techniques.codebook import CODEBOOK
 from autocompress.techniques.codebook_tuning import TUNE_CODEBOOKS
 from autocompress.techniques.entropy_grid import ENTROPY_GRID
@@ -20,6 +22,7 @@ from autocompress.techniques.recovery import RECOVER
 from autocompress.techniques.stock import STOCK_QUANTIZER, StockQuantizer
 from autocompress.techniques.technique import (
     NETWORK,
+    BlockTechnique,
     GroupTechnique,
     LayerTechnique,
     NetworkTechnique,
@@ -27,9 +30,10 @@ from autocompress.techniques.technique import (
 )
 from autocompress.techniques.weight_prune import WEIGHT_PRUNE
 
-Technique = GroupTechnique | LayerTechnique | NetworkTechnique
+Technique = BlockTechnique | GroupTechnique | LayerTechnique | NetworkTechnique
 
 TECHNIQUES: tuple[Technique, ...] = (
+    BLOCK_DROP,
     FILTER_PRUNE,
     LOW_RANK,
     WEIGHT_PRUNE,
@@ -78,11 +82,15 @@ def read_plan(rows: Sequence[Mapping[str, Any]]) -> Plan:
 def consistent(plan: Plan) -> Plan:
     """A plan without steps that another one makes void, or that have nothing to work on.
 
-    A quantizer of the whole network leaves nothing to quantize layer by layer, and then nothing to
-    train afterwards; training of quantized weights needs layers of the kind that it trains;
-    equalization serves quantization only.
+    Nothing is done to what stands in a block that is taken out, channel groups that begin there
+    among it. A quantizer of the whole network leaves nothing to quantize layer by layer, and then
+    nothing to train afterwards; training of quantized weights needs layers of the kind that it
+    trains; equalization serves quantization only.
     """
-    working = [s for s in plan.steps if not _does_nothing(s.decision)]
+    gone = dropped_by(plan)
+    working = [
+        s for s in plan.steps if not _does_nothing(s.decision) and not is_within(s.target, gone)
+    ]
     whole = any(_quantizes_network(s) for s in working)
     single = {
         s.decision.technique
@@ -100,6 +108,16 @@ def consistent(plan: Plan) -> Plan:
     return Plan(tuple(s for s in working if stays(technique_of(s.decision))))
 
 
+def dropped_by(plan: Plan) -> tuple[str, ...]:
+    """Names of the blocks that a plan takes out."""
+    return tuple(
+        step.target
+        for step in plan.steps
+        if isinstance(technique_of(step.decision), BlockTechnique)
+        and not _does_nothing(step.decision)
+    )
+
+
 def _does_nothing(decision: Decision) -> bool:
     return decision == technique_of(decision).identity or (
         isinstance(decision, StockQuantizer) and decision.mode == "none"
@@ -113,12 +131,14 @@ def _quantizes_network(step: Step) -> bool:
 __all__ = [
     "NETWORK",
     "TECHNIQUES",
+    "BlockTechnique",
     "GroupTechnique",
     "LayerTechnique",
     "NetworkTechnique",
     "Stage",
     "Technique",
     "consistent",
+    "dropped_by",
     "read_plan",
     "technique_named",
     "technique_of",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.graph import ChannelGroup, Member, NetworkGraph
+from autocompress.graph.blocks import dropped_blocks
 from autocompress.graph.layers import LAYER_TYPES, NORM_TYPES
 
 
@@ -42,7 +43,9 @@ class Boundary:
 
 
 def fits(network: nn.Module, graph: NetworkGraph) -> bool:
-    """Whether the network's layers have the channels that the graph knows."""
+    """Whether the network has all layers, with the channels that the graph knows."""
+    if dropped_blocks(network):
+        return False
     for layer in graph.layers:
         module = network.get_submodule(layer.name)
         read, written = _part(module, 0), _part(module, -1)

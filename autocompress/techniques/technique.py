@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.device import DeviceProfile
-from autocompress.graph import ChannelGroup, Layer, Member, NetworkGraph
+from autocompress.graph import Block, ChannelGroup, Layer, Member, NetworkGraph
 from autocompress.graph.layers import LayerKind
 from autocompress.plan import Decision
 
@@ -216,6 +216,27 @@ class LayerTechnique:
     folds_norm: Callable[[Decision], bool] = keeps_norm
     shares_solve: Callable[[Decision], bool] = shares_always
     kinds: tuple[LayerKind, ...] = ("conv", "linear")
+
+
+@final
+@dataclass(frozen=True)
+class BlockTechnique:
+    """A technique that takes residual blocks out as a whole; there is nothing to solve.
+
+    Steps for what stands in such a block are void.
+
+    Attributes:
+        name: equals `decision.technique`.
+        identity: a decision that changes nothing; every other one takes the block out.
+        choices: of the decisions a search space offers, those that make sense for a block on a
+            device, from the mildest to the strongest.
+    """
+
+    name: str
+    decision: type[Decision]
+    stage: Stage
+    identity: Decision
+    choices: Callable[[Block, Sequence[Decision], DeviceProfile], tuple[Decision, ...]]
 
 
 @final

@@ -36,6 +36,7 @@ from autocompress.plan import Decision, Plan, Step, make_decision  # noqa: E402
 from autocompress.search.prepare import shuffle_calibration  # noqa: E402
 from autocompress.techniques import (  # noqa: E402
     NETWORK,
+    BlockTechnique,
     GroupTechnique,
     LayerTechnique,
     Stage,
@@ -92,7 +93,10 @@ def _decision(step: Mapping[str, Any]) -> Decision:
 
 
 def plan_of(row: Row, graph: NetworkGraph, device: DeviceProfile, *, recovered: bool) -> Plan:
-    """The row's decisions wherever they make sense; of the groups, uncoupled ones or all."""
+    """The row's decisions wherever they make sense; of the groups, uncoupled ones or all.
+
+    Of the blocks the last alone: a network without any is none.
+    """
     steps: list[Step] = []
     decisions = [*row.decisions, *([row.recovery] if recovered and row.recovery else [])]
     for decision in decisions:
@@ -102,6 +106,8 @@ def plan_of(row: Row, graph: NetworkGraph, device: DeviceProfile, *, recovered: 
                 free = row.coupled or "+" not in group.name
                 if free and technique.choices(group, [decision], device):
                     steps.append(Step(group.name, decision))
+        elif isinstance(technique, BlockTechnique):
+            steps += [Step(block.name, decision) for block in graph.blocks[-1:]]
         elif isinstance(technique, LayerTechnique):
             for layer in graph.layers:
                 free = layer.name not in row.exclude

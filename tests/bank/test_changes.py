@@ -18,7 +18,14 @@ from autocompress.config import CalibrationSettings
 from autocompress.errors import PlanError
 from autocompress.graph import trace
 from autocompress.plan import Decision, Plan, Step
-from autocompress.techniques import TECHNIQUES, GroupTechnique, NetworkTechnique, technique_named
+from autocompress.techniques import (
+    TECHNIQUES,
+    BlockTechnique,
+    GroupTechnique,
+    NetworkTechnique,
+    technique_named,
+)
+from autocompress.techniques.block_drop import BlockDrop
 from autocompress.techniques.codebook import Codebook
 from autocompress.techniques.entropy_grid import EntropyGrid
 from autocompress.techniques.filter_prune import FilterPrune
@@ -27,8 +34,9 @@ from autocompress.techniques.low_rank import LowRank
 from autocompress.techniques.precision import Precision
 from autocompress.techniques.weight_prune import WeightPrune
 
-NETWORKS = ("residual", "depthwise", "concat", "attention", "tokens")
+NETWORKS = ("residual", "depthwise", "concat", "attention", "tokens", "stacked")
 DECISIONS: dict[str, tuple[Decision, ...]] = {
+    "block_drop": (BlockDrop(drop=True),),
     "filter_prune": (
         FilterPrune(pruning_ratio=0.5),
         FilterPrune(pruning_ratio=0.5, refit=False),
@@ -58,8 +66,10 @@ def original_outputs(name: str) -> tuple[torch.Tensor, ...]:
 
 
 def targets(name: str, decision: Decision) -> list[str]:
-    """All groups; of the layers the first, some in the middle and the last."""
+    """All groups and blocks; of the layers the first, some in the middle and the last."""
     graph = graph_of(name)
+    if isinstance(technique_named(decision.technique), BlockTechnique):
+        return [block.name for block in graph.blocks]
     if isinstance(technique_named(decision.technique), GroupTechnique):
         return [g.name for g in graph.groups if g.prunable]
     dense = [layer for layer in graph.layers if layer.groups == 1]
@@ -84,7 +94,9 @@ def test_changed_layers_compute_what_the_stitched_network_computes(
         found = run(network, case.inputs)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-        assert shapes_of(name, network) == shapes_of(name, copy.deepcopy(case.network))
+        shapes = shapes_of(name, copy.deepcopy(case.network))
+        gone = graph_of(name).block(target).layers if isinstance(decision, BlockDrop) else ()
+        assert shapes_of(name, network) == {n: s for n, s in shapes.items() if n not in gone}
         assert any(
             (a - b).abs().max() > 1e-3 for a, b in zip(found, original_outputs(name), strict=True)
         ) or _hardly_changes(decision)
@@ -104,7 +116,8 @@ def shapes_of(name: str, network: nn.Module) -> dict[str, torch.Size]:
     def note(layer: str) -> Any:
         return lambda _, args, output: found.update({layer: output.shape})
 
-    for layer in graph_of(name).layers:
+    left = {module for module, _ in network.named_modules()}
+    for layer in (x for x in graph_of(name).layers if x.name in left):
         network.get_submodule(layer.name).register_forward_hook(note(layer.name))
     run(network, make_case(name).example_inputs)
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -14,6 +14,7 @@ from autocompress.search.costs.layer_shapes import (
     LayerState,
     PartShape,
     ShapedLayer,
+    droppable,
     shaped_layers,
 )
 from autocompress.search.costs.layer_times import precision_class
@@ -43,6 +44,8 @@ def file_costs(
 ) -> FactoredSum:
     """Bytes of a plan's ONNX file, one factor per layer: weights, scales, biases, nodes.
 
+    A factor per block that may be taken out follows, of what is in it beside its layers.
+
     Every layer is taken to have a bias in the file, as batch norms are folded into it.
 
     Args:
@@ -50,7 +53,8 @@ def file_costs(
         original_bytes: of the original's file; what its layers do not explain is the constant.
     """
     shaped = shaped_layers(graph, space, multiple)
-    return _costs(shaped, lambda name, state: _file_bytes(name, state, multiple), original_bytes)
+    layers = [_factor(x, lambda name, state: _file_bytes(name, state, multiple)) for x in shaped]
+    return _costs([*layers, *_others(graph, space, _FLOAT_BITS)], original_bytes)
 
 
 def download_costs(
@@ -60,7 +64,7 @@ def download_costs(
     original_bytes: int,
     bits_per_weight: Bits,
 ) -> FactoredSum:
-    """Bytes of a plan's coded container, one factor per layer.
+    """Bytes of a plan's coded container, one factor per layer, then one per block.
 
     Args:
         multiple: the device's `channel_multiple`.
@@ -84,24 +88,37 @@ def download_costs(
             for part in state.parts
         ) + _bias_bytes(state)
 
-    return _costs(shaped, coded, original_bytes)
+    others = _others(graph, space, bits_per_weight.get(None, _FLOAT_BITS))
+    return _costs([*(_factor(x, coded) for x in shaped), *others], original_bytes)
 
 
-def _costs(
-    shaped: tuple[ShapedLayer, ...], measure: Callable[[str, LayerState], float], original: float
-) -> FactoredSum:
-    factors = []
-    for layer in shaped:
-        name = layer.layer.name
-        values = [measure(name, layer.state(choice)) for choice in layer.combinations()]
-        table = np.array(values, dtype=np.float64).reshape(layer.table_shape)
-        factors.append(Factor(name, layer.parameters, table))
+def _factor(layer: ShapedLayer, measure: Callable[[str, LayerState], float]) -> Factor:
+    name = layer.layer.name
+    values = [measure(name, layer.state(choice)) for choice in layer.combinations()]
+    table = np.array(values, dtype=np.float64).reshape(layer.table_shape)
+    return Factor(name, layer.parameters, table)
+
+
+def _others(graph: NetworkGraph, space: Space, bits: float) -> list[Factor]:
+    """What blocks hold beside their layers: norms that are not part of one, bare parameters."""
+    return [
+        Factor(
+            x.block.name,
+            (x.parameter.name,),
+            np.array([x.block.other_weights * bits / 8, *[0.0] * x.parameter.highest]),
+        )
+        for x in droppable(graph, space)
+    ]
+
+
+def _costs(factors: Sequence[Factor], original: float) -> FactoredSum:
     return FactoredSum(original - sum(factor.at({}) for factor in factors), tuple(factors))
 
 
 def _file_bytes(name: str, state: LayerState, multiple: int) -> float:
     fixed = _ROUNDED_BYTES + _ROUNDED_NAMES * len(name)
     rounded = precision_class(state.quantize) != "float"
+    # Those of a single node are in the constant.
     nodes = _PART_BYTES * (len(state.parts) - 1)
     for part in state.parts:
         nodes += (fixed + _ROUNDED_CHANNEL_BYTES * part.out_channels) if rounded else 0
@@ -119,7 +136,7 @@ def _stored(part: PartShape, decision: Decision | None, multiple: int) -> int:
 
 def _bias_bytes(state: LayerState) -> int:
     """Of the last part: the others of a decomposed layer have none."""
-    return _BIAS_BYTES * state.parts[-1].out_channels
+    return _BIAS_BYTES * sum(part.out_channels for part in state.parts[-1:])
 
 
 def _density(state: LayerState) -> float:

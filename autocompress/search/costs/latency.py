@@ -12,7 +12,13 @@ from autocompress.build import Builder
 from autocompress.graph import NetworkGraph
 from autocompress.measure.client import Worker
 from autocompress.search.costs.factored import Factor, FactoredSum
-from autocompress.search.costs.layer_shapes import LayerState, ShapedLayer, shaped_layers
+from autocompress.search.costs.layer_shapes import (
+    Droppable,
+    LayerState,
+    ShapedLayer,
+    droppable,
+    shaped_layers,
+)
 from autocompress.search.costs.layer_times import (
     Boundary,
     FileRow,
@@ -35,7 +41,7 @@ _CLASS_TIME: Final[Mapping[PrecisionClass, float]] = {
 def latency_costs(
     graph: NetworkGraph, space: Space, builder: Builder, worker: Worker, probing: Probing
 ) -> FactoredSum:
-    """Milliseconds of a plan's file: a factor for every layer, then one for every link.
+    """Milliseconds of a plan's file: a factor for every layer, link and block, in this order.
 
     Training, whole-network techniques and single weights that are pruned cost nothing here.
 
@@ -48,22 +54,31 @@ def latency_costs(
         ExportError: the original cannot be exported.
     """
     shaped = shaped_layers(graph, space, probing.multiple)
-    return fitted_costs(shaped, probe(shaped, space, builder, worker, probing))
+    found = probe(shaped, space, builder, worker, probing)
+    return fitted_costs(shaped, found, droppable(graph, space))
 
 
-def fitted_costs(shaped: Sequence[ShapedLayer], probes: Probes) -> FactoredSum:
+def fitted_costs(
+    shaped: Sequence[ShapedLayer], probes: Probes, blocks: Sequence[Droppable] = ()
+) -> FactoredSum:
     """The sum that fits some probes best.
+
+    Args:
+        blocks: those that may be taken out.
 
     Raises:
         MeasurementError: there is nothing to fit.
     """
-    files = [_file_row(shaped, probes.links, p) for p in probes.probes]
+    files = [_file_row(shaped, blocks, probes.links, p) for p in probes.probes]
     nodes = [row for p in probes.probes for row in _node_rows(shaped, p)]
     times = fit_layer_times(nodes, files)
     by_name = {layer.layer.name: layer for layer in shaped}
     linked = [_link_factor(by_name[x.first], by_name[x.second], x, times) for x in probes.links]
     layers = [_layer_factor(layer, times) for layer in shaped]
-    return FactoredSum(times.constant_ms, (*layers, *(f for f in linked if f.values.any())))
+    others = [_block_factor(block, times) for block in blocks]
+    return FactoredSum(
+        times.constant_ms, (*layers, *(f for f in (*linked, *others) if f.values.any()))
+    )
 
 
 def macs_costs(graph: NetworkGraph, space: Space, multiple: int, original_ms: float) -> FactoredSum:
@@ -89,30 +104,45 @@ def _layer_factor(shaped: ShapedLayer, times: LayerTimes) -> Factor:
     return Factor(name, shaped.parameters, table)
 
 
+def _block_factor(block: Droppable, times: LayerTimes) -> Factor:
+    values = [times.block_ms(block.elements), *[0.0] * block.parameter.highest]
+    return Factor(block.block.name, (block.parameter.name,), np.array(values))
+
+
 def _link_factor(first: ShapedLayer, second: ShapedLayer, link: Link, times: LayerTimes) -> Factor:
-    """Over the first layer's output channels, and what both are quantized to."""
+    """Over the first layer's output channels, what both are quantized to, and whether they stay."""
     prunings = [p.parameter for p in first.prunings if any(out for _, out in p.lost)]
     roundings = [layer.parameter(Stage.QUANTIZE) for layer in (first, second)]
-    own = {p.name: p for p in (*prunings, *(r for r in roundings if r is not None))}
+    further = (*roundings, first.drop, second.drop)
+    own = {p.name: p for p in (*prunings, *(r for r in further if r is not None))}
     shape = [p.highest + 1 for p in own.values()]
     values = []
     for combination in itertools.product(*map(range, shape)):
         indices = dict(zip(own, combination, strict=True))
-        boundary = _boundary(first.chosen(indices), second.chosen(indices), link)
-        values.append(times.boundary_ms(boundary))
+        found = _boundaries(first.chosen(indices), second.chosen(indices), link)
+        values.append(sum(map(times.boundary_ms, found)))
     name = f"{link.first} {'+' if link.summed else '->'} {link.second}"
     return Factor(name, tuple(own), np.array(values, dtype=np.float64).reshape(shape))
 
 
-def _boundary(first: LayerState, second: LayerState, link: Link) -> Boundary:
+def _boundaries(first: LayerState, second: LayerState, link: Link) -> list[Boundary]:
+    """The boundary between two layers; none where one of them is gone."""
+    if not first.parts or not second.parts:
+        return []
     kinds = precision_class(first.quantize), precision_class(second.quantize)
-    return Boundary(kinds, first.parts[-1].out_elements, link.summed)
+    return [Boundary(kinds, first.parts[-1].out_elements, link.summed)]
 
 
-def _file_row(shaped: Sequence[ShapedLayer], links: Sequence[Link], probe: Probe) -> FileRow:
+def _file_row(
+    shaped: Sequence[ShapedLayer],
+    blocks: Sequence[Droppable],
+    links: Sequence[Link],
+    probe: Probe,
+) -> FileRow:
     states = {s.layer.name: s.chosen(probe.values) for s in shaped}
-    boundaries = tuple(_boundary(states[x.first], states[x.second], x) for x in links)
-    return FileRow(tuple(states.items()), boundaries, probe.milliseconds)
+    boundaries = [b for x in links for b in _boundaries(states[x.first], states[x.second], x)]
+    in_blocks = sum(block.elements for block in blocks if block.kept(probe.values))
+    return FileRow(tuple(states.items()), tuple(boundaries), probe.milliseconds, in_blocks)
 
 
 def _node_rows(shaped: Sequence[ShapedLayer], probe: Probe) -> list[NodeRow]:

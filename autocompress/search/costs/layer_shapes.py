@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, final
 
-from autocompress.graph import ChannelGroup, Layer, NetworkGraph
+from autocompress.graph import Block, ChannelGroup, Layer, NetworkGraph
 from autocompress.graph.groups import kept_size
 from autocompress.plan import Decision
 from autocompress.search.space import Parameter, Space
@@ -78,7 +78,8 @@ class LayerState:
     """A layer after some decisions.
 
     Attributes:
-        parts: in the order in which they run; one, if it is not decomposed.
+        parts: in the order in which they run; one, if it is not decomposed, and none, if it went
+            with its block.
         quantize: None for the float layer, as for `sparsify`.
     """
 
@@ -109,23 +110,30 @@ class ShapedLayer:
         prunings: of the groups of its input and output channels; a group on both sides is one.
         steps: parameters of the layer itself, at most one of each stage.
         multiple: channel counts and ranks are multiples of this.
+        drop: whether the block that it stands in is taken out; None if it stands in none.
     """
 
     layer: Layer
     prunings: tuple[Pruning, ...]
     steps: tuple[Parameter, ...]
     multiple: int
+    drop: Parameter | None = None
+
+    @property
+    def choices(self) -> tuple[Parameter, ...]:
+        """All parameters: of the prunings, then of the steps, then whether it is dropped."""
+        drops = () if self.drop is None else (self.drop,)
+        return (*(p.parameter for p in self.prunings), *self.steps, *drops)
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Names of all parameters: of the prunings, then of the steps."""
-        return (*(p.parameter.name for p in self.prunings), *(p.name for p in self.steps))
+        """Names of `choices`."""
+        return tuple(parameter.name for parameter in self.choices)
 
     @property
     def table_shape(self) -> tuple[int, ...]:
         """How many values each parameter has."""
-        own = (*(p.parameter for p in self.prunings), *self.steps)
-        return tuple(parameter.highest + 1 for parameter in own)
+        return tuple(parameter.highest + 1 for parameter in self.choices)
 
     def parameter(self, stage: Stage) -> Parameter | None:
         """The layer's own parameter of a stage."""
@@ -141,10 +149,13 @@ class ShapedLayer:
 
     def state(self, values: Sequence[int]) -> LayerState:
         """What the layer becomes; one value per parameter."""
-        shape = self.pruned(values[: len(self.prunings)])
+        if self.drop is not None and values[-1]:
+            return LayerState(())
+        pruned = len(self.prunings)
+        shape = self.pruned(values[:pruned])
         own = {
             parameter.stage: parameter.decisions[value - 1]
-            for parameter, value in zip(self.steps, values[len(self.prunings) :], strict=True)
+            for parameter, value in zip(self.steps, values[pruned:][: len(self.steps)], strict=True)
             if value
         }
         low_rank = own.get(Stage.DECOMPOSE)
@@ -199,6 +210,7 @@ def shaped_layers(graph: NetworkGraph, space: Space, multiple: int) -> tuple[Sha
         multiple: the device's `channel_multiple`.
     """
     by_key = space.by_target()
+    drops = {name: d.parameter for d in droppable(graph, space) for name in d.block.layers}
     found = []
     for layer in graph.layers:
         steps = [
@@ -212,13 +224,43 @@ def shaped_layers(graph: NetworkGraph, space: Space, multiple: int) -> tuple[Sha
             if (Stage.PRUNE, group.name) in by_key
             and any(member.module == layer.name for member in group.members)
         ]
-        shaped = ShapedLayer(layer, (), tuple(steps), multiple)
+        shaped = ShapedLayer(layer, (), tuple(steps), multiple, drops.get(layer.name))
         for pruning in prunings:
             larger = replace(shaped, prunings=(*shaped.prunings, pruning))
             if math.prod(larger.table_shape) <= _MOST_COMBINATIONS:
                 shaped = larger
         found.append(shaped)
     return tuple(found)
+
+
+@final
+@dataclass(frozen=True)
+class Droppable:
+    """A block with the parameter that takes it out.
+
+    Attributes:
+        elements: values that its layers give per sample in the original, which what else is in it
+            works on.
+    """
+
+    block: Block
+    parameter: Parameter
+    elements: int
+
+    def kept(self, indices: Mapping[str, int]) -> bool:
+        """Whether it is still there in a plan; parameters that are not named are 0."""
+        return not indices.get(self.parameter.name, 0)
+
+
+def droppable(graph: NetworkGraph, space: Space) -> tuple[Droppable, ...]:
+    """The blocks of a network that a space offers to take out."""
+    by_key = space.by_target()
+    given = {x.name: x.out_channels * x.positions for x in graph.layers}
+    return tuple(
+        Droppable(b, by_key[Stage.PRUNE, b.name], sum(given[name] for name in b.layers))
+        for b in graph.blocks
+        if (Stage.PRUNE, b.name) in by_key
+    )
 
 
 def _pruning(layer: Layer, group: ChannelGroup, parameter: Parameter, multiple: int) -> Pruning:

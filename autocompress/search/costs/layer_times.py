@@ -74,11 +74,16 @@ class Boundary:
 @final
 @dataclass(frozen=True)
 class FileRow:
-    """A whole file: the state of every layer, what goes between them, and its latency in ms."""
+    """A whole file: the state of every layer, what goes between them, and its latency in ms.
+
+    Attributes:
+        in_blocks: values that the layers of blocks give which might be gone and are not.
+    """
 
     layers: tuple[tuple[str, LayerState], ...]
     boundaries: tuple[Boundary, ...]
     milliseconds: float
+    in_blocks: int = 0
 
 
 @final
@@ -105,6 +110,10 @@ class LayerTimes:
         own = sum(self._sum(part_terms(part, kind)) for part in state.parts)
         return own * self.corrections.get((layer, kind), 1.0) + self._sum(layer_terms(state))
 
+    def block_ms(self, elements: int) -> float:
+        """The time of what is in a block beside its layers and what follows them."""
+        return self._sum(block_terms(elements))
+
     def boundary_ms(self, boundary: Boundary) -> float:
         """The time of a boundary; 0 where nothing is converted."""
         return self._sum(boundary_terms(boundary))
@@ -112,6 +121,7 @@ class LayerTimes:
     def file_ms(self, row: FileRow) -> float:
         """The latency that a file should have."""
         layers = sum(self.layer_ms(name, state) for name, state in row.layers)
+        layers += self.block_ms(row.in_blocks)
         return self.constant_ms + layers + sum(self.boundary_ms(b) for b in row.boundaries)
 
     def _sum(self, terms: Terms) -> float:
@@ -171,7 +181,12 @@ def _tiled(channels: int, tile: int) -> int:
 def layer_terms(state: LayerState) -> Terms:
     """What else a layer makes a run do: sums and activations of its outputs."""
     kind = precision_class(state.quantize)
-    return {f"after {kind}": float(state.parts[-1].out_elements)}
+    return {f"after {kind}": float(part.out_elements) for part in state.parts[-1:]}
+
+
+def block_terms(elements: int) -> Terms:
+    """What else blocks make a run do, such as norms and the heads' products; by values given."""
+    return {"in blocks": float(elements)} if elements else {}
 
 
 def boundary_terms(boundary: Boundary) -> Terms:
@@ -192,6 +207,7 @@ def node_terms(row: NodeRow) -> Terms:
 def file_terms(row: FileRow) -> Terms:
     """A latency's terms."""
     found: list[Terms] = [{"run": 1.0}, *(boundary_terms(b) for b in row.boundaries)]
+    found.append(block_terms(row.in_blocks))
     for _, state in row.layers:
         kind = precision_class(state.quantize)
         found += [layer_terms(state), *(part_terms(part, kind) for part in state.parts)]
