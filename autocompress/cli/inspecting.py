@@ -20,7 +20,8 @@ def inspect(
     """Show what a search could change in a network, and why it leaves the rest alone.
 
     Every module that owns weights, with its share of weights and multiply-accumulates and the
-    techniques of the search space that suit it; then the channel groups and blocks. Nothing is measured.
+    techniques of the search space that suit it; then the channel groups, and the blocks that can be
+    taken out. Nothing is measured.
 
     Example: autocompress inspect experiments/digits.yaml
     """

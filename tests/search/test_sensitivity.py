@@ -32,12 +32,14 @@ from autocompress.search.sensitivity import (
 )
 from autocompress.search.space import Parameter, Space
 from autocompress.techniques import NETWORK, Stage
+from autocompress.techniques.block_drop import BlockDrop
 from autocompress.techniques.entropy_grid import EntropyGrid
 from autocompress.techniques.filter_prune import FilterPrune
 from autocompress.techniques.low_rank import LowRank
 from autocompress.techniques.precision import Precision
 from autocompress.techniques.stock import StockQuantizer
 
+DROP = BlockDrop(drop=True)
 INT8 = Precision(weight_bits=8, activation_bits=8)
 WHOLE_TENSOR = Precision(weight_bits=8, activation_bits=8, granularity="tensor")
 PRUNING = tuple(FilterPrune(pruning_ratio=r) for r in (0.25, 0.5, 0.75))
@@ -167,7 +169,7 @@ def quantized_alone(module: nn.Module) -> nn.Module:
     return wrapped
 
 
-@pytest.mark.parametrize("name", ["residual", "signal", "attention"])
+@pytest.mark.parametrize("name", ["residual", "signal", "attention", "stacked"])
 def test_parts_equal_the_changed_networks_run_alone(name: str) -> None:
     case, bank = make_case(name), bank_of(name)
     graph = graph_of(name)
@@ -178,6 +180,7 @@ def test_parts_equal_the_changed_networks_run_alone(name: str) -> None:
         (group, PRUNING[1]), (layers[1], RANKS[1]), (layers[1], INT8),
         (layers[-2], EntropyGrid(step=1.0)), (layers[0], INT8), (layers[1], WHOLE_TENSOR),
     ]  # fmt: skip
+    steps += [(block.name, DROP) for block in graph.blocks]
     changes = [changed_layers(bank, target, decision) for target, decision in steps]
     found = run_beside(case.network, changes, inputs)
     for (_, decision), change, part in zip(steps, changes, found[1:], strict=True):
@@ -327,6 +330,28 @@ def test_decisions_for_the_whole_network_are_not_measured(tmp_path: Path) -> Non
     run_ = SensitivityRun(bank, space, inputs, tmp_path, class_scores=True)
     assert run_.passes == 0
     assert run_.result().losses == {}
+
+
+def test_a_dropped_block_costs_the_divergence_of_the_network_without_it(tmp_path: Path) -> None:
+    case, bank = make_case("stacked"), bank_of("stacked")
+    names = [block.name for block in bank.graph.blocks]
+    space = Space(tuple(Parameter(Stage.PRUNE, name, (DROP,)) for name in names))
+    run_ = SensitivityRun(bank, space, case.inputs, tmp_path, class_scores=True)
+    for _ in run_.steps():
+        pass
+    inputs = first(case.inputs, run_.samples)
+    log_p = run(case.network, inputs)[0].double().log_softmax(1)
+    losses = []
+    for index, name in enumerate(names):
+        network = copy.deepcopy(case.network)
+        del network.layers[index]
+        log_q = run(network, inputs)[0].double().log_softmax(1)
+        losses.append(float((log_p.exp() * (log_p - log_q)).sum(1).mean()))
+        assert run_.result().losses[Change(name, DROP).key] == pytest.approx(losses[-1], rel=1e-4)
+    assert len(set(losses)) == 3 and min(losses) > 1e-4
+    # Losses of single blocks are added up.
+    chosen = {f"{name}|prune": 1 for name in names[:2]}
+    assert run_.result().of(space).value(chosen) == pytest.approx(sum(losses[:2]), rel=1e-4)
 
 
 def test_stronger_levels_never_cost_less_and_ties_add_up() -> None:

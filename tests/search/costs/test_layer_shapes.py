@@ -10,6 +10,7 @@ from autocompress.bank import stitch
 from autocompress.config import SearchSpace
 from autocompress.graph.layers import observe_layers
 from autocompress.search.costs import layer_shapes
+from autocompress.search.costs.latency import macs_costs
 from autocompress.search.costs.layer_shapes import PartShape, decomposed, shaped_layers
 from autocompress.search.random_plans import random_plans
 from autocompress.search.space import Space, build_space
@@ -22,6 +23,7 @@ RATIOS = (0.2, 0.4, 0.6)
 
 def space_of(name: str, *, kinds: tuple[str, ...] = ("svd",)) -> Space:
     techniques = {
+        "block_drop": {"drop": (True,)},
         "filter_prune": {"pruning_ratio": RATIOS},
         "low_rank": {"rank_ratio": (0.5, 0.25), "kind": kinds, "data_aware": (False,)},
         "precision": {"weight_bits": (8,), "activation_bits": (8,)},
@@ -38,18 +40,23 @@ def values_of(space: Space, plan) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    "name", ["residual", "concat", "depthwise", "flatten", "signal", "tokens", "fused_attention"]
-)
+    "name", ["residual", "concat", "depthwise", "flatten", "signal", "tokens", "fused_attention",
+        "stacked",
+    ],
+)  # fmt: skip
 def test_shapes_are_those_of_the_stitched_network(name) -> None:
     """Channels are really removed and layers decomposed; then the network is run and looked at."""
     space = space_of(name, kinds=("svd", "tucker", "spatial"))
     shaped = shaped_layers(graph_of(name), space, 1)
-    thinner = 0
+    thinner = gone = 0
     for plan in random_plans(space, 5, np.random.default_rng(0)):
         network = stitch(bank_of(name), plan).network
         real = {x.name: x for x in observe_layers(network, make_case(name).example_inputs)}
         for layer in shaped:
             state = layer.chosen(values_of(space, plan))
+            gone += not state.parts
+            present = any(n.startswith(f"{layer.layer.name}.") for n in real)
+            assert bool(state.parts) == (layer.layer.name in real or present)
             for index, part in enumerate(state.parts):
                 whole = len(state.parts) == 1
                 found = real[layer.layer.name if whole else f"{layer.layer.name}.{index}"]
@@ -61,7 +68,22 @@ def test_shapes_are_those_of_the_stitched_network(name) -> None:
                 if whole:
                     assert (part.positions, part.macs) == (found.positions, found.macs)
                 thinner += part.out_channels < layer.layer.out_channels
-    assert thinner > 5
+    assert thinner > 5 and bool(gone) == bool(graph_of(name).blocks)
+
+
+@pytest.mark.parametrize("name", ["residual", "stacked"])
+def test_costs_of_a_dropped_block_are_those_of_the_smaller_network(name) -> None:
+    """Whatever else is decided for what stands in it."""
+    space, graph, block = space_of(name), graph_of(name), graph_of(name).blocks[0]
+    network = stitch(bank_of(name), space.plan({f"{block.name}|prune": 1})).network
+    left = sum(x.macs for x in observe_layers(network, make_case(name).example_inputs))
+    assert left < graph.macs
+    inner = {p.name: p.highest for p in space.parameters if p.target.startswith(f"{block.name}.")}
+    assert {name.split("|")[1] for name in inner} == {"prune", "decompose", "quantize"}
+    costs = macs_costs(graph, space, 1, float(graph.macs))
+    for others in ({}, inner):
+        assert costs.value({f"{block.name}|prune": 1, **others}) == pytest.approx(left)
+    assert left < costs.value(inner) < graph.macs
 
 
 def test_a_group_on_both_sides_of_a_layer_is_one_parameter() -> None:
@@ -87,6 +109,7 @@ def test_the_table_has_an_axis_per_parameter() -> None:
         x for x in shaped_layers(graph_of("residual"), space, 1) if x.layer.name == "block1.conv2"
     )
     assert [p.parameter.stage for p in inner.prunings] == [Stage.PRUNE, Stage.PRUNE]
+    assert inner.drop is not None and inner.drop.target == "block1"
     assert inner.parameter(Stage.QUANTIZE) is not None
     assert isinstance(inner.chosen({"block1.conv2|quantize": 1}).quantize, Precision)
 
