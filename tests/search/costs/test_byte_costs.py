@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from networks import graph_of, make_device
+from networks import bank_of, exporter_of, graph_of, make_device
 from tiny_costs import tiny
 
+from autocompress.bank import stitch
 from autocompress.config import SearchSpace
 from autocompress.plan import Plan
 from autocompress.search.costs.bytes import download_costs, file_costs
@@ -89,3 +90,28 @@ def test_codebooks_are_stored_as_they_say() -> None:
     # Half a byte a weight, sixteen codewords, a scale per channel; then the nodes' bytes.
     stored = layer.weights / 2 + 4 * 16 + 4 * layer.out_channels
     assert 0 < 4 * layer.weights - stored - saved < 1000
+
+
+@pytest.mark.parametrize("name", ["residual", "stacked"])
+def test_a_dropped_block_leaves_the_bytes_of_the_smaller_file(name: str) -> None:
+    graph = graph_of(name)
+    file = SearchSpace(version=1, name="drop", techniques={"block_drop": {"drop": (True,)}})
+    space = build_space(graph, file, make_device())
+
+    def size(indices: dict[str, int]) -> int:
+        network = stitch(bank_of(name), space.plan(indices)).network
+        return exporter_of(name).export(network).graph.model.ByteSize()
+
+    original = size({})
+    costs = file_costs(graph, space, 1, original)
+    assert costs.value({}) == original
+    for chosen in ({p.name: 1} for p in space.parameters):
+        saved = original - size(chosen)
+        # All but the nodes that are no layers: sums, activations, norms.
+        assert 0.6 * saved < original - costs.value(chosen) <= saved
+    coded = download_costs(graph, space, 1, 10_000, {None: 24.0})
+    block = graph.blocks[0]
+    biases = sum(graph.layer(n).out_channels for n in block.layers)
+    weights = sum(x.out_channels * x.in_features for x in map(graph.layer, block.layers))
+    saved = 3 * (weights + block.other_weights) + 4 * biases
+    assert 10_000 - coded.value({f"{block.name}|prune": 1}) == pytest.approx(saved)

@@ -4,14 +4,15 @@ import json
 
 import numpy as np
 import pytest
-from networks import exporter_of, graph_of, make_case
+from networks import exporter_of, graph_of, make_case, make_device
 from tiny_costs import ClosedFormWorker, tiny
 
+from autocompress.config import SearchSpace
 from autocompress.errors import ExportError, MeasurementError
 from autocompress.measure.client import Worker
 from autocompress.measure.explain.graph import graph_of as file_graph
 from autocompress.search.costs.latency import fitted_costs, latency_costs, macs_costs
-from autocompress.search.costs.layer_shapes import shaped_layers
+from autocompress.search.costs.layer_shapes import droppable, shaped_layers
 from autocompress.search.costs.probes import (
     Link,
     Probe,
@@ -22,6 +23,7 @@ from autocompress.search.costs.probes import (
     quick_profile,
 )
 from autocompress.search.random_plans import random_plans
+from autocompress.search.space import build_space
 from autocompress.techniques.technique import Stage
 
 RUNTIME = "onnxruntime"
@@ -164,6 +166,57 @@ def test_a_link_costs_where_precisions_meet() -> None:
     assert link.name == f"{first} -> {second}" and set(rounded) <= set(link.parameters)
     assert link.at({}) == link.at(dict.fromkeys(rounded, 1)) == 0
     assert link.at({rounded[0]: 1}) + link.at({rounded[1]: 1}) == pytest.approx(0.02, rel=0.25)
+
+
+def test_what_a_block_holds_beside_its_layers_goes_with_it() -> None:
+    """Layers take 0.01 ms each, a block another 0.05 ms that no layer's nodes tell of."""
+    graph = graph_of("stacked")
+    techniques = {
+        "block_drop": {"drop": (True,)},
+        "precision": {"weight_bits": (8,), "activation_bits": (8,)},
+    }
+    file = SearchSpace(version=1, name="drop", techniques=techniques)
+    space = build_space(graph, file, make_device())
+    shaped, blocks = shaped_layers(graph, space, 1), droppable(graph, space)
+
+    def probe(*gone: str) -> Probe:
+        left = [x.name for x in graph.layers if x.name.rpartition(".")[0] not in gone]
+        parts = tuple((name, 0, 0.01) for name in left)
+        milliseconds = 0.01 * len(left) + 0.05 * (3 - len(gone)) + 0.002
+        return Probe({f"{name}|prune": 1 for name in gone}, milliseconds, 1, parts)
+
+    names = [block.name for block in graph.blocks]
+    seen = [probe(), probe(names[0]), probe(*names[:2]), probe(*names)]
+    link = Link("layers.1.down", "layers.2.up", False)
+    costs = fitted_costs(shaped, Probes(tuple(seen), (link,)), blocks)
+    for unseen in (probe(names[1]), probe(names[2]), probe(*names[1:])):
+        assert costs.value(unseen.values) == pytest.approx(unseen.milliseconds, rel=0.05)
+    own = [f for f in costs.factors if f.name in names]
+    assert [f.at({f.parameters[0]: 1}) for f in own] == [0, 0, 0]
+    # What the layers do counts in no plan without the block.
+    inner = {f"layers.1.{x}|quantize": 1 for x in ("up", "down")}
+    drop = {"layers.1|prune": 1}
+    assert costs.value({**drop, **inner}) == costs.value(drop)
+
+
+def test_a_link_to_a_block_that_is_gone_costs_nothing() -> None:
+    graph = graph_of("residual")
+    techniques = {
+        "block_drop": {"drop": (True,)},
+        "precision": {"weight_bits": (8,), "activation_bits": (8,)},
+    }
+    file = SearchSpace(version=1, name="drop", techniques=techniques)
+    space = build_space(graph, file, make_device())
+    first, second = "stem", "block1.conv1"
+    shaped = shaped_layers(graph, space, 1)
+    parts = tuple((x.name, 0, 0.01) for x in graph.layers)
+    rounded = [{f"{name}|quantize": 1} for name in (first, second)]
+    probes = [Probe(v, 0.1 + 0.02 * (len(v) == 1), 1, parts) for v in ({}, *rounded)]
+    probes.append(Probe({**rounded[0], **rounded[1]}, 0.1, 1, parts))
+    costs = fitted_costs(shaped, Probes(tuple(probes), (Link(first, second, False),)))
+    found = next(f for f in costs.factors if "->" in f.name)
+    assert set(found.parameters) == {"stem|quantize", "block1.conv1|quantize", "block1|prune"}
+    assert found.at(rounded[0]) > 0.01 and found.at({**rounded[0], "block1|prune": 1}) == 0
 
 
 def test_macs_costs_scale_to_the_original() -> None:

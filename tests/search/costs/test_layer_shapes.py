@@ -39,11 +39,12 @@ def values_of(space: Space, plan) -> dict[str, int]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", ["residual", "concat", "depthwise", "flatten", "signal", "tokens", "fused_attention",
-        "stacked",
-    ],
+SHAPED = (
+    "residual", "concat", "depthwise", "flatten", "signal", "tokens", "fused_attention", "stacked",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPED)
 def test_shapes_are_those_of_the_stitched_network(name) -> None:
     """Channels are really removed and layers decomposed; then the network is run and looked at."""
     space = space_of(name, kinds=("svd", "tucker", "spatial"))
