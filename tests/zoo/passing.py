@@ -33,6 +33,7 @@ SPACE = SearchSpace(
     version=1,
     name="zoo",
     techniques={
+        "block_drop": {"drop": [True]},
         "filter_prune": {"pruning_ratio": [0.25, 0.5]},
         "low_rank": {"kind": ["svd", "spatial", "tucker"], "rank_ratio": [0.5, 0.25]},
         "weight_prune": {"sparsity": [0.5]},
@@ -61,6 +62,7 @@ class Outcome:
     Attributes:
         layers: how many there are, and how many of them may be changed.
         groups: how many channel groups there are, and how many can be pruned.
+        blocks: how many blocks can be taken out.
         parity: the largest of all plans.
         afresh: how many of the plans needed an export of their own.
         inspection: what `autocompress inspect` says of the network.
@@ -69,6 +71,7 @@ class Outcome:
     name: str
     layers: tuple[int, int]
     groups: tuple[int, int]
+    blocks: int
     plans: int
     afresh: int
     parity: float
@@ -101,7 +104,7 @@ def pass_through(member: Member, folder: Path, plans: int = 2) -> Outcome:
     Raises:
         AutocompressError: the tool refuses the network, with its reason.
     """
-    data = _workload(member)
+    data = workload_of(member)
     check_workload(data)
     data = arranged(data)
     graph = trace(data.network, data.example_inputs)
@@ -125,6 +128,7 @@ def pass_through(member: Member, folder: Path, plans: int = 2) -> Outcome:
         member.name,
         (len(graph.layers), sum(x.compressible for x in graph.layers)),
         (len(graph.groups), sum(x.prunable for x in graph.groups)),
+        len(graph.blocks),
         len(chosen),
         sum(d["exported_afresh"] for d in details),
         max(d["parity"] for d in details),
@@ -135,11 +139,16 @@ def pass_through(member: Member, folder: Path, plans: int = 2) -> Outcome:
 
 
 def strongest(space: Space) -> tuple[Plan, ...]:
-    """The plan that does all that there is to each layer, as strongly as it can."""
-    return (space.plan({p.name: p.highest for p in space.parameters}),)
+    """The plan that does all that there is to each layer, as strongly as it can.
+
+    Where there are blocks, also without them.
+    """
+    layers = space.plan({p.name: p.highest for p in space.parameters if not p.drops})
+    every = space.plan({p.name: p.highest for p in space.parameters})
+    return (layers,) if every == layers else (layers, every)
 
 
-def _workload(member: Member) -> Workload:
+def workload_of(member: Member) -> Workload:
     parts = [
         Split(tuple(x[i * SAMPLES : (i + 1) * SAMPLES] for x in member.inputs)) for i in range(4)
     ]
