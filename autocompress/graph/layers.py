@@ -136,8 +136,10 @@ def observe_layers(network: nn.Module, example_inputs: Sequence[Tensor]) -> tupl
     shared = sharing_modules(network)
 
     def is_table(module: nn.Module) -> bool:
+        # One with a forward pass of its own may read other entries than those it is given.
+        plain = getattr(type(module), "forward", None) is nn.Embedding.forward
         table = isinstance(module, nn.Embedding) and module.max_norm is None
-        return table and names[module] not in shared
+        return plain and table and names[module] not in shared
 
     def note(module: nn.Module, args: Any, output: Tensor) -> None:
         channels = module.out_features if isinstance(module, nn.Linear) else output.shape[1]

@@ -18,7 +18,7 @@ _REASONS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     (LAYER_TYPES, "it is not called as a module, but left out or read by another"),
     (_TRANSPOSED, "no technique takes transposed convolutions"),
     ((nn.Conv3d,), "no technique takes three-dimensional convolutions"),
-    ((nn.Embedding,), "it is not called as a module, or clips the norms of its entries"),
+    ((nn.Embedding,), "it is not called as a module, or does more than to look entries up"),
     ((nn.EmbeddingBag,), "no technique takes tables whose entries are summed"),
     ((nn.RNNBase, nn.RNNCellBase), "a recurrent layer packs the weights of its gates together"),
     ((nn.MultiheadAttention,), "it packs its projections into one parameter"),

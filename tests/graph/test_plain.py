@@ -247,3 +247,19 @@ def test_a_network_that_reads_more_of_such_a_layer_keeps_it() -> None:
         a=Transposed(4, 8), b=nn.Linear(8, 3),
     ).eval()  # fmt: skip
     assert with_linear_layers(network, (torch.randn(2, 4),)) is network
+
+
+class Shifted(nn.Embedding):
+    """As OPT's positions, which are counted from a mask and begin at two."""
+
+    def forward(self, mask: Tensor) -> Tensor:
+        return super().forward((mask.cumsum(1) * mask).long() + 2)
+
+
+def test_a_table_with_a_forward_pass_of_its_own_is_no_layer() -> None:
+    """What it is given are no entries, and a table in its place would read others."""
+    network = nn.Sequential(Shifted(9, 4), nn.Linear(4, 3)).eval()
+    assert [x.name for x in trace(network, (torch.ones(2, 5),)).layers] == ["1"]
+    plain = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3)).eval()
+    tokens = torch.ones(2, 5, dtype=torch.long)
+    assert [x.name for x in trace(plain, (tokens,)).layers] == ["0", "1"]
