@@ -27,7 +27,7 @@ from autocompress import Split, Workload
 from autocompress.bank import stitch
 from autocompress.build import Builder, Stopwatch
 from autocompress.config import CalibrationSettings
-from autocompress.errors import PlanError
+from autocompress.errors import ExportError, PlanError
 from autocompress.export import Exporter, quantize
 from autocompress.export.observe import run_float
 from autocompress.plan import Decision, Plan, Step
@@ -132,6 +132,19 @@ def test_each_set_of_blocks_is_exported_once_and_the_last_few_are_kept(
     # The one that was used the longest ago had to go.
     assert export("layers.1") == 3
     assert export("layers.2") == 4
+
+
+def test_what_its_skeleton_does_not_fit_is_exported_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unfit(*_: object) -> None:
+        raise ExportError("no skeleton fits")
+
+    monkeypatch.setattr(exporter_module.Skeleton, "fill", unfit)
+    steps = (*drops("layers.1").steps, Step("layers.0.up", LowRank(rank_ratio=0.5)))
+    floating = exporter_of("stacked").export(assemble(bank_of("stacked"), Plan(steps)).network)
+    assert floating.fresh and floating.parity <= 1e-4
+    gone = {"layers.1.up", "layers.1.down", "layers.0.up"}
+    layers = {x.name for x in graph_of("stacked").layers} - gone
+    assert set(floating.graph.sites) == {*layers, "layers.0.up.0", "layers.0.up.1"}
 
 
 @pytest.mark.parametrize(("name", "gone"), CASES)
