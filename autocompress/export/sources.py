@@ -57,7 +57,7 @@ def export_distinct(
     """
     marked = _distinct(network)
     model = export_graph(marked, example_inputs, axes)
-    sources = find_sources(model, marked)
+    sources = name_weights(model, find_sources(model, marked))
     state = parameter_arrays(network)
     exact = onnx.GraphProto()
     for initializer in model.graph.initializer:
@@ -136,6 +136,26 @@ def _by_content(value: NDArray[np.generic], state: Mapping[str, Array]) -> Itera
             yield Source(name, transposed=True)
         elif len(wide) == 1 and np.array_equal(parameter.reshape(-1), value.reshape(-1)):
             yield Source(name, shape=tuple(-1 if size > 1 else 1 for size in value.shape))
+
+
+def name_weights(model: onnx.ModelProto, sources: Mapping[str, Source]) -> dict[str, Source]:
+    """Call transposed weights as their parameters are, in place; the sources by the new names.
+
+    The exporter numbers them, and without a block it counts otherwise.
+    """
+    graph = model.graph
+    taken = {name for node in graph.node for name in (*node.input, *node.output)}
+    taken |= {value.name for value in (*graph.initializer, *graph.input, *graph.output)}
+    transposed = {name: s.parameter for name, s in sources.items() if s.transposed}
+    outputs = {output.name for output in graph.output}
+    new = {a: b for a, b in transposed.items() if b not in taken and a not in outputs}
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name in new:
+                node.input[place] = new[name]
+    for initializer in graph.initializer:
+        initializer.name = new.get(initializer.name, initializer.name)
+    return {new.get(name, name): source for name, source in sources.items()}
 
 
 def _merge_copies(model: onnx.ModelProto, sources: dict[str, Source]) -> None:
