@@ -30,9 +30,9 @@ from autocompress.techniques.technique import (
     bias_of,
 )
 
-# Of Gram matrices summed up together: six layers of 4608 columns, or 28 of 2048. Another pass over
-# the data costs less than the sums of one.
-_MEMORY_BYTES = 1 << 30
+# Of Gram matrices that are summed up together (1.5 GiB): those of BERT-base need one pass over the
+# data then, and with all else that a search holds of a network like that stay far below 8 GB.
+_MEMORY_BYTES = 3 << 29
 # Counted up whenever a solver changes, so that no run goes on with what an older one solved.
 _SOLVERS = 4
 _UNCOUNTED = Counter()
@@ -58,7 +58,7 @@ class Bank:
         multiple: channel counts that the device rewards are multiples of this.
         folder: where statistics and variants are kept; those of another network or calibration are
             not read.
-        memory_bytes: of the sums that are gathered in one pass over the data; half as many are
+        memory_bytes: of the sums that are gathered in one pass over the data; a third as many are
             held of what is in the folder. No figure depends on it.
     """
 
@@ -74,7 +74,7 @@ class Bank:
         self.network = network
         self.graph = graph
         self.multiple = multiple
-        self._store = VariantStore(folder, memory_bytes // 2)
+        self._store = VariantStore(folder, memory_bytes // 3)
         self._memory_bytes = memory_bytes
         self._identity = ""
         self._observations: Observations | None = None

@@ -126,7 +126,7 @@ def test_no_more_than_the_bound_is_held(
         for technique, decision in SOLVED:
             bank.solve_unchanged(technique, decision, layer.name)
             # The last one stays, however large it is.
-            assert bank.held_bytes <= max(bound // 2, max(sizes) + 8 * layer.in_features)
+            assert bank.held_bytes <= max(bound // 3, max(sizes) + 8 * layer.in_features)
 
 
 def test_only_what_is_missing_is_gathered(tmp_path: Path) -> None:
