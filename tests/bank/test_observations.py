@@ -29,6 +29,10 @@ SOLVED: tuple[tuple[LayerTechnique, Decision], ...] = (
 )
 
 
+def refuse(*args: Any) -> None:
+    raise AssertionError("all of it was on disk")
+
+
 class Counted:
     def __init__(self) -> None:
         self.total, self.done = -1, 0
@@ -161,9 +165,6 @@ def test_gradients_are_counted_and_read_from_disk(
     first.gather_gradients(counted.counter)
     assert counted.total == counted.done == 3
 
-    def refuse(*args: Any) -> None:
-        raise AssertionError("they were on disk")
-
     monkeypatch.setattr(observations_module, "collect_gradients", refuse)
     again.gather_gradients(counted.counter)
     assert counted.total == 0 and counted.done == 3
@@ -172,10 +173,14 @@ def test_gradients_are_counted_and_read_from_disk(
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_another_process_goes_on_with_all_of_it(gradients: bool, tmp_path: Path) -> None:
+def test_another_process_goes_on_with_all_of_it(
+    gradients: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bank = calibrated(tmp_path / "one", name="tokens")
     if gradients:
         bank.gather_gradients()
+        monkeypatch.setattr(observations_module, "collect_gradients", refuse)
+    monkeypatch.setattr(observations_module, "collect_statistics", refuse)
     other = Bank(bank.network, bank.graph, 1, tmp_path / "other", memory_bytes=TINY)
     other.take(bank.state())
     assert observed(other) == observed(bank) and observed(bank)
