@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autocompress.bank import Bank, stitch
+from autocompress.bank.statistics import Gathering, collect_statistics
 from autocompress.bank.stitch import Stitched, apply_stage
 from autocompress.config import CalibrationSettings
 from autocompress.device import DeviceProfile, MeasuringSettings, OnnxRuntimeCpuSettings
 from autocompress.export import Exporter
-from autocompress.graph import NetworkGraph, trace
+from autocompress.graph import Layer, NetworkGraph, trace
 from autocompress.plan import Plan
-from autocompress.techniques.technique import Stage
+from autocompress.techniques.technique import LayerStatistics, Stage
 
 SAMPLES = 96
 
@@ -388,6 +389,14 @@ def new_bank(name: str, folder: Path, multiple: int = 1) -> Bank:
 def bank_of(name: str) -> Bank:
     """One calibrated bank per case and session, for channel counts of any number."""
     return new_bank(name, Path(_FOLDER.name) / name)
+
+
+def gathered(
+    network: nn.Module, layers: Sequence[Layer], inputs: tuple[Tensor, ...], rows: int
+) -> dict[str, LayerStatistics]:
+    """The statistics of all layers, gathered in one pass."""
+    gathering = Gathering(network, layers, inputs, rows)
+    return dict(collect_statistics(gathering, gathering.observed))
 
 
 def assemble(bank: Bank, plan: Plan) -> Stitched:

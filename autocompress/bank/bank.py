@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import cast, final
 
 from torch import Tensor, nn
 
-from autocompress.bank.gradients import collect_gradients
-from autocompress.bank.statistics import collect_statistics
+from autocompress.bank.observations import Counter, Observations, Observed
+from autocompress.bank.statistics import Gathering
 from autocompress.bank.store import VariantStore, make_key, network_hash, tensors_hash
-from autocompress.bank.usage import count_usage
 from autocompress.config import CalibrationSettings
 from autocompress.graph import ChannelGroup, Member, NetworkGraph
 from autocompress.graph.groups import dense_consumers, dense_producers
@@ -31,14 +30,12 @@ from autocompress.techniques.technique import (
     bias_of,
 )
 
-_STATISTICS = "statistics"
-_STATISTICS_FIELDS = tuple(field.name for field in fields(LayerStatistics))
-_GRADIENTS = "gradients"
-_USAGE = "usage"
-# Gradients cost a backward pass, and importance needs no more samples.
-_GRADIENT_SAMPLES = 512
+# Of Gram matrices that are summed up together (1.5 GiB): those of BERT-base need one pass over the
+# data then, and with all else that a search holds of a network like that stay far below 8 GB.
+_MEMORY_BYTES = 3 << 29
 # Counted up whenever a solver changes, so that no run goes on with what an older one solved.
 _SOLVERS = 4
+_UNCOUNTED = Counter()
 
 
 @final
@@ -47,10 +44,7 @@ class BankState:
     """What a bank has gathered and solved, to be used by another process."""
 
     identity: str
-    statistics: Mapping[str, LayerStatistics]
-    usage: Mapping[str, Tensor]
-    gradients: Mapping[str, LayerGradients] | None
-    inputs: tuple[Tensor, ...]
+    observed: Observed
     variants: Mapping[str, Variant]
 
 
@@ -62,95 +56,81 @@ class Bank:
         network: in evaluation mode; not changed.
         graph: its structure.
         multiple: channel counts that the device rewards are multiples of this.
-        folder: where variants are kept; those of another network or calibration are not read.
+        folder: where statistics and variants are kept; those of another network or calibration are
+            not read.
+        memory_bytes: of the sums that are gathered in one pass over the data; a third as many are
+            held of what is in the folder. No figure depends on it.
     """
 
     def __init__(
-        self, network: nn.Module, graph: NetworkGraph, multiple: int, folder: Path
+        self,
+        network: nn.Module,
+        graph: NetworkGraph,
+        multiple: int,
+        folder: Path,
+        *,
+        memory_bytes: int = _MEMORY_BYTES,
     ) -> None:
         self.network = network
         self.graph = graph
         self.multiple = multiple
-        self._store = VariantStore(folder)
+        self._store = VariantStore(folder, memory_bytes // 3)
+        self._memory_bytes = memory_bytes
         self._identity = ""
-        self._statistics: dict[str, LayerStatistics] = {}
-        self._usage: dict[str, Tensor] = {}
-        self._gradients: dict[str, LayerGradients] | None = None
-        self._inputs: tuple[Tensor, ...] = ()
+        self._observations: Observations | None = None
 
     def calibrate(
         self,
         inputs: tuple[Tensor, ...],
         settings: CalibrationSettings,
-        advance: Callable[[], None] = lambda: None,
+        counter: Counter = _UNCOUNTED,
     ) -> None:
-        """Gather the statistics from calibration inputs, or read them if they are on disk."""
+        """Gather the statistics from calibration inputs, as far as they are not on disk."""
         inputs = tuple(x[: settings.statistics_samples] for x in inputs)
         self._identity = make_key(
             _SOLVERS, network_hash(self.network), tensors_hash(inputs), settings.rows_per_layer
         )
-        self._inputs = tuple(x[:_GRADIENT_SAMPLES] for x in inputs)
+        self._observations = self._observing(inputs, settings.rows_per_layer)
+        self._observations.gather(counter)
 
-        def solve() -> Variant:
-            found = collect_statistics(
-                self.network, self.graph.layers, inputs, settings.rows_per_layer, advance
-            )
-            return {
-                f"{name}|{field}": getattr(statistics, field)
-                for name, statistics in found.items()
-                for field in _STATISTICS_FIELDS
-            }
+    def gather_gradients(self, counter: Counter = _UNCOUNTED) -> None:
+        """Gather the gradients of a calibrated bank, unless they are on disk.
 
-        stored = self._cached(self._key(_STATISTICS), solve, lasting=True)
-        self._statistics = {
-            name: LayerStatistics(*(stored[f"{name}|{field}"] for field in _STATISTICS_FIELDS))
-            for name in {key.rpartition("|")[0] for key in stored}
-        }
-        if any(layer.kind == "embedding" for layer in self.graph.layers):
-            self._usage = dict(self._cached(self._key(_USAGE), self._count, lasting=True))
+        Raises:
+            WorkloadError: the network cannot be differentiated.
+        """
+        assert self._observations is not None
+        self._observations.gather_gradients(counter)
 
-    def _count(self) -> Variant:
-        return count_usage(self.network, self.graph.layers, self._inputs)
+    def _observing(self, inputs: tuple[Tensor, ...], rows: int) -> Observations:
+        gathering = Gathering(self.network, self.graph.layers, inputs, rows)
+        return Observations(gathering, self._store, self._key, self._memory_bytes)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the statistics and variants that are in memory."""
+        return self._store.held_bytes
 
     def state(self) -> BankState:
-        """What was gathered and solved so far."""
-        return BankState(
-            self._identity,
-            self._statistics,
-            self._usage,
-            self._gradients,
-            self._inputs,
-            self._store.held(),
-        )
+        """What a calibrated bank has gathered and solved; all layers' statistics are in memory."""
+        assert self._observations is not None
+        return BankState(self._identity, self._observations.state(), self._store.held())
 
     def take(self, state: BankState) -> None:
         """Go on with what a bank of the same network has gathered and solved."""
-        self._identity, self._inputs = state.identity, state.inputs
-        self._statistics, self._usage = dict(state.statistics), dict(state.usage)
-        self._gradients = None if state.gradients is None else dict(state.gradients)
+        self._identity = state.identity
+        self._observations = self._observing(state.observed.inputs, state.observed.rows)
+        self._observations.take(state.observed)
         for key, variant in state.variants.items():
             self._store.put(key, variant, lasting=False)
 
     def statistics(self, layer: str) -> LayerStatistics | None:
-        """Input moments of a layer; None for grouped convolutions."""
-        return self._statistics.get(layer)
+        """Input moments of a layer, read from disk; None for grouped convolutions."""
+        return self._observations and self._observations.statistics(layer)
 
     def gradients(self, layer: str) -> LayerGradients | None:
         """Squared gradients of a layer, taken on first use; None for grouped convolutions."""
-        if self._gradients is None:
-
-            def solve() -> Variant:
-                found = collect_gradients(self.network, self.graph.layers, self._inputs)
-                return {f"{n}|fisher": g.fisher for n, g in found.items()} | {
-                    f"{n}|taylor": g.taylor for n, g in found.items()
-                }
-
-            stored = self._cached(self._key(_GRADIENTS), solve, lasting=True)
-            self._gradients = {
-                name: LayerGradients(stored[f"{name}|fisher"], stored[f"{name}|taylor"])
-                for name in {key.rpartition("|")[0] for key in stored}
-            }
-        return self._gradients.get(layer)
+        return self._observations and self._observations.gradients(layer)
 
     def problem(self, layer: str, *, gradients: bool = False) -> LayerProblem:
         """The problem of an unchanged layer."""
@@ -170,7 +150,7 @@ class Bank:
             free_bias=self.has_free_bias(layer),
             multiple=self.multiple,
             gradients=self.gradients(layer) if gradients else None,
-            usage=self._usage.get(layer),
+            usage=self._observations and self._observations.usage(layer),
         )
 
     def has_free_bias(self, layer: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, final
@@ -18,6 +19,9 @@ from autocompress.graph.layers import flatten_outputs
 from autocompress.techniques.technique import LayerGradients
 
 _BATCH = 32
+# Values in the inputs and outputs of a batch's layers (1 GiB): about three times as many are kept
+# for the backward pass.
+_BATCH_VALUES = 2**28
 # Entries of the weight gradients of single samples that are held at a time (64 MiB).
 _HELD = 2**24
 _ALL_ROWS = 2**62
@@ -48,7 +52,7 @@ def collect_gradients(
     Args:
         network: in evaluation mode; left as it was.
         inputs: calibration inputs, n samples in dimension 0.
-        advance: called after every batch of 32 samples.
+        advance: called after every batch of `batch_size` samples.
 
     Raises:
         WorkloadError: the outputs cannot be differentiated.
@@ -72,9 +76,10 @@ def collect_gradients(
     fisher = {layer.name: torch.zeros(layer.out_channels, layer.in_features) for layer in dense}
     taylor = {layer.name: torch.zeros(layer.in_channels) for layer in dense}
     samples = len(inputs[0])
-    for start in range(0, samples, _BATCH):
+    size = batch_size(layers)
+    for start in range(0, samples, size):
         calls.clear()
-        batch = tuple(x[start : start + _BATCH].clone() for x in inputs)
+        batch = tuple(x[start : start + size].clone() for x in inputs)
         with torch.enable_grad():
             loss = negative_log_likelihood(network(*batch), labels)
         _backward(loss)
@@ -84,7 +89,18 @@ def collect_gradients(
             fisher[layer.name] += squares[0]
             taylor[layer.name] += squares[1]
         advance()
-    return {n: LayerGradients(fisher[n] / samples, taylor[n] / samples) for n in fisher}
+    return {n: LayerGradients(f.div_(samples), taylor[n].div_(samples)) for n, f in fisher.items()}
+
+
+def batch_size(layers: Sequence[Layer]) -> int:
+    """Samples of which gradients are taken together: fewer for networks with large activations."""
+    values = sum(x.positions * x.out_channels + _input_values(x) for x in layers if x.dense)
+    return max(1, min(_BATCH, _BATCH_VALUES // max(values, 1)))
+
+
+def _input_values(layer: Layer) -> int:
+    """About how many values a layer reads of a sample: strides are steps between its positions."""
+    return layer.positions * layer.in_channels * math.prod(layer.stride)
 
 
 def _backward(loss: Tensor) -> None:

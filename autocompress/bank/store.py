@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import final
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -70,12 +70,25 @@ class VariantStore:
         self._hold(key, variant)
         return variant
 
+    def has(self, key: str) -> bool:
+        """Whether a lasting variant of that key is on disk, as far as its file's header tells."""
+        try:
+            with safe_open(self._path(key), "pt"):
+                return True
+        except (SafetensorError, OSError):
+            return False
+
     def put(self, key: str, variant: Variant, *, lasting: bool) -> None:
         """Keep a variant; a lasting one goes to disk before this returns."""
         self._hold(key, variant)
         if lasting:
             path = self._path(key)
             write_whole(path, save({k: v.contiguous() for k, v in variant.items()}, {"key": key}))
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the variants that are in memory."""
+        return self._held_bytes
 
     def held(self) -> dict[str, Variant]:
         """The variants that are in memory."""

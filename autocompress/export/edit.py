@@ -79,11 +79,39 @@ def swap_initializers(
     """Replace initializers by others, once per name, and drop those that nothing reads."""
     used = {name for node in graph.node for name in node.input}
     used |= {output.name for output in graph.output}
-    kept = {i.name: i for i in graph.initializer if i.name not in dropped}
-    kept |= {i.name: i for i in added}
-    chosen = onnx.GraphProto(initializer=[i for name, i in kept.items() if name in used])
-    del graph.initializer[:]
-    graph.initializer.extend(chosen.initializer)
+    fresh = {i.name: i for i in added}
+    held = {i.name for i in graph.initializer} - set(dropped)
+    drop_initializers(graph, {i.name for i in graph.initializer} - (held & used))
+    for place, initializer in enumerate(graph.initializer):
+        if initializer.name in fresh:
+            graph.initializer[place].CopyFrom(fresh[initializer.name])
+    graph.initializer.extend([i for n, i in fresh.items() if n in used and n not in held])
+
+
+def drop_initializers(graph: onnx.GraphProto, names: Collection[str]) -> None:
+    """Drop some initializers, in place; the others are not copied, which may be most of memory."""
+    for place in reversed(range(len(graph.initializer))):
+        if graph.initializer[place].name in names:
+            del graph.initializer[place]
+
+
+def emptied(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of a model without its initializers, which are taken from the model too.
+
+    Protobuf keeps the memory of what is deleted from a message for as long as the message, or any
+    part of it, is referred to: of a large network that would be all its weights.
+    """
+    del model.graph.initializer[:]
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    return bare
+
+
+def copied(initializer: onnx.TensorProto) -> onnx.TensorProto:
+    """A copy of an initializer that does not keep its graph in memory."""
+    copy = onnx.TensorProto()
+    copy.CopyFrom(initializer)
+    return copy
 
 
 def use_domain(model: onnx.ModelProto, domain: str) -> None:

@@ -85,14 +85,15 @@ def _session(model: onnx.ModelProto, tensors: Sequence[str]) -> ort.InferenceSes
     for name in dict.fromkeys(tensors):
         if name not in known:
             watched.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    data = watched.SerializeToString()
+    # The session has weights of its own.
+    del watched
     options = ort.SessionOptions()
     options.log_severity_level = 4
     # As many threads as PyTorch may use: others measure on the other cores.
     options.intra_op_num_threads = torch.get_num_threads()
     try:
-        return ort.InferenceSession(
-            watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as cause:
         # ONNX Runtime raises its own bare exceptions for every kind of fault in a model.
         raise ExportError(f"ONNX Runtime cannot load the model: {cause}") from cause

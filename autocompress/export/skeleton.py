@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from autocompress.errors import ExportError
+from autocompress.export.edit import copied, emptied
 from autocompress.export.sources import export_distinct, parameter_arrays, site_faults
 from autocompress.export.torch_export import set_attribute
 from autocompress.techniques.decomposed import handlers
@@ -91,12 +92,13 @@ class Skeleton:
         axes: Sequence[Axes] = (),
     ) -> None:
         model, self._sources = export_distinct(network, example_inputs, axes)
-        self._constants = [i for i in model.graph.initializer if i.name not in self._sources]
+        self._constants = [
+            copied(i) for i in model.graph.initializer if i.name not in self._sources
+        ]
         self._layers = layers
         self._tables = {n.input[0] for n in model.graph.node if n.op_type == "Gather"}
         self.faults = site_faults(model.graph, self._sources, layers)
-        del model.graph.initializer[:]
-        self._model = model
+        self._model = emptied(model)
 
     def fill(self, network: nn.Module) -> Graph:
         """The graph with a candidate's weights.

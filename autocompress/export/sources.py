@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from autocompress.export.edit import LAYER_OPERATORS, TABLE_OPERATOR
+from autocompress.bank.store import tensors_hash
+from autocompress.export.edit import (
+    LAYER_OPERATORS,
+    TABLE_OPERATOR,
+    copied,
+    drop_initializers,
+    emptied,
+)
 from autocompress.export.torch_export import export_graph
 from autocompress.workload import Axes
 
@@ -59,16 +66,15 @@ def export_distinct(
     model = export_graph(marked, example_inputs, axes)
     sources = name_weights(model, find_sources(model, marked))
     state = parameter_arrays(network)
-    exact = onnx.GraphProto()
-    for initializer in model.graph.initializer:
-        source = sources.get(initializer.name)
-        if source is None:
-            exact.initializer.append(initializer)
-        else:
-            value = source.value(state[source.parameter])
-            exact.initializer.append(numpy_helper.from_array(value, initializer.name))
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(exact.initializer)
+    names = [i.name for i in model.graph.initializer]
+    constants = {i.name: copied(i) for i in model.graph.initializer if i.name not in sources}
+    model = emptied(model)
+    for name in names:
+        exact = constants.get(name)
+        if exact is None:
+            source = sources[name]
+            exact = numpy_helper.from_array(source.value(state[source.parameter]), name)
+        model.graph.initializer.append(exact)
     return model, sources
 
 
@@ -76,12 +82,13 @@ def _distinct(network: nn.Module) -> nn.Module:
     """A copy of a network of whose parameters no two are equal."""
     marked = copy.deepcopy(network)
     generator = torch.Generator().manual_seed(0)
-    seen = set[tuple[tuple[int, ...], bytes]]()
+    # Digests: the values would be a second network.
+    seen = set[str]()
     with torch.no_grad():
         for parameter in marked.parameters():
             if not parameter.is_floating_point() or not parameter.numel():
                 continue
-            key = (tuple(parameter.shape), parameter.detach().numpy().tobytes())
+            key = tensors_hash((parameter,))
             first = parameter.reshape(-1)[0]
             if key in seen or bool((parameter == first).all()):
                 size = _MARK * float(parameter.abs().max() or 1.0)
@@ -168,10 +175,7 @@ def _merge_copies(model: onnx.ModelProto, sources: dict[str, Source]) -> None:
         for place, name in enumerate(node.input):
             if name in spare:
                 node.input[place] = instead[name]
-    left = [i for i in model.graph.initializer if i.name not in spare]
-    copied = onnx.GraphProto(initializer=left)
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(copied.initializer)
+    drop_initializers(model.graph, spare)
     for name in spare:
         del sources[name]
 

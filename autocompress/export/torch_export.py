@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autocompress.errors import ExportError
+from autocompress.export.edit import drop_initializers
 from autocompress.onnx_sizes import note_sizes
 from autocompress.workload import Axes, axis_sizes
 from autocompress.workload.inputs import BATCH_AXIS
@@ -135,9 +136,7 @@ def free_flattened_channels(model: onnx.ModelProto) -> None:
             node.input[1] = name
             set_attribute(node, "allowzero", 0)
     used = {name for node in model.graph.node for name in node.input}
-    kept = [i for i in model.graph.initializer if i.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+    drop_initializers(model.graph, {i.name for i in model.graph.initializer} - used)
 
 
 def slim(model: onnx.ModelProto) -> onnx.ModelProto:

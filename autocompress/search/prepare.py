@@ -7,11 +7,12 @@ import inspect
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, final
 
 from autocompress.allocator import keep_freed_memory
-from autocompress.bank import Bank
+from autocompress.bank import Bank, Counter
 from autocompress.bank.store import make_key, network_hash, tensors_hash
 from autocompress.build import Builder, Stopwatch
 from autocompress.config import (
@@ -38,7 +39,12 @@ from autocompress.search.limits import parse_limits
 from autocompress.search.progress import Progress
 from autocompress.search.run_folder import Identity, RunFolder
 from autocompress.search.space import Space, build_space, unused_values
-from autocompress.techniques import GroupTechnique, LayerTechnique, technique_of
+from autocompress.techniques import (
+    GroupTechnique,
+    LayerTechnique,
+    NetworkTechnique,
+    technique_of,
+)
 from autocompress.techniques.qat import Qat
 from autocompress.techniques.recovery import Recover
 from autocompress.workload import Workload, check_workload, load_workload
@@ -285,9 +291,11 @@ def fill_bank(prepared: Prepared, progress: Progress) -> Bank:
         prepared.folder.bank,
     )
     settings = prepared.experiment.calibration
-    progress.stage("calibrate")
-    bank.calibrate(prepared.workload.calibration.inputs, settings, progress.advance)
+    counter = Counter(partial(progress.stage, "calibrate"), progress.advance)
+    bank.calibrate(prepared.workload.calibration.inputs, settings, counter)
     steps = list(prepared.space.steps())
+    if any(_reads_gradients(step.decision) for step in steps):
+        bank.gather_gradients(Counter(partial(progress.stage, "gradients"), progress.advance))
     progress.stage("fill bank", len(steps))
     for step in steps:
         _solve(bank, step.target, step.decision)
@@ -305,6 +313,11 @@ def builder_of(prepared: Prepared, bank: Bank) -> Builder:
         prepared.experiment.calibration,
         prepared.folder.path,
     )
+
+
+def _reads_gradients(decision: Decision) -> bool:
+    technique = technique_of(decision)
+    return not isinstance(technique, NetworkTechnique) and technique.uses_gradients(decision)
 
 
 def _solve(bank: Bank, target: str, decision: Decision) -> None:

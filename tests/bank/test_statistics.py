@@ -4,16 +4,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import assemble, bank_of, graph_of, make_case
+from networks import assemble, bank_of, gathered, graph_of, make_case
 from torch import Tensor, nn
 
 from autocompress.bank import Bank
-from autocompress.bank.statistics import collect_statistics, unfold_inputs
+from autocompress.bank.statistics import (
+    Gathering,
+    collect_statistics,
+    plan_passes,
+    unfold_inputs,
+)
 from autocompress.config import CalibrationSettings
 from autocompress.graph import trace
 from autocompress.plan import Plan, Step
 from autocompress.techniques.filter_prune import FilterPrune
 from autocompress.techniques.low_rank import LowRank
+from autocompress.techniques.technique import LayerStatistics
 
 LAYERS = {
     "linear": (nn.Linear(4, 5), (3, 4)),
@@ -83,7 +89,7 @@ def test_statistics_are_the_exact_moments_when_all_rows_are_used(name: str) -> N
         case.network(*case.inputs)
     for handle in handles:
         handle.remove()
-    found = collect_statistics(case.network, graph_of(name).layers, case.inputs, 10**9)
+    found = gathered(case.network, graph_of(name).layers, case.inputs, 10**9)
     assert set(found) == set(seen)
     for key, inputs in seen.items():
         module = case.network.get_submodule(key)
@@ -94,9 +100,9 @@ def test_statistics_are_the_exact_moments_when_all_rows_are_used(name: str) -> N
 
 def test_sampled_statistics_are_near_the_exact_ones() -> None:
     case, layers = make_case("residual"), graph_of("residual").layers
-    exact = collect_statistics(case.network, layers, case.inputs, 10**9)
-    some = collect_statistics(case.network, layers, case.inputs, 1500)
-    again = collect_statistics(case.network, layers, case.inputs, 1500)
+    exact = gathered(case.network, layers, case.inputs, 10**9)
+    some = gathered(case.network, layers, case.inputs, 1500)
+    again = gathered(case.network, layers, case.inputs, 1500)
     for name in ("block1.conv1", "block2.conv2"):
         error = (some[name].moment - exact[name].moment).norm() / exact[name].moment.norm()
         assert 0 < error < 0.2
@@ -110,7 +116,7 @@ def test_every_sample_weighs_the_same_also_in_a_short_last_batch() -> None:
     x[-1] = 1
     layers = trace(network, (x[:2],)).layers
     for rows in (650, 10**9):
-        mean = collect_statistics(network, layers, (x,), rows)["0"].mean
+        mean = gathered(network, layers, (x,), rows)["0"].mean
         torch.testing.assert_close(mean, torch.full((2,), 1 / 65, dtype=torch.float64))
 
 
@@ -133,18 +139,16 @@ def test_selected_columns() -> None:
 def test_the_network_keeps_no_hooks_even_if_it_fails() -> None:
     case = make_case("residual")
     with pytest.raises(RuntimeError):
-        collect_statistics(
-            case.network, graph_of("residual").layers, (torch.randn(4, 9, 8, 8),), 100
-        )
+        gathered(case.network, graph_of("residual").layers, (torch.randn(4, 9, 8, 8),), 100)
     assert not any(m._forward_pre_hooks for m in case.network.modules())
 
 
 def test_progress_is_told_once_per_batch() -> None:
     case, ticks = make_case("flatten"), []
-    collect_statistics(
-        case.network, graph_of("flatten").layers, case.inputs, 1000, lambda: ticks.append(1)
-    )
-    assert len(ticks) == 2
+    gathering = Gathering(case.network, graph_of("flatten").layers, case.inputs, 1000)
+    for _ in collect_statistics(gathering, gathering.observed, lambda: ticks.append(1)):
+        pass
+    assert len(ticks) == gathering.batches == 2
 
 
 @pytest.mark.parametrize("offset", [100.0, 1e4])
@@ -162,3 +166,42 @@ def test_small_variances_around_large_means_are_kept(offset: float, tmp_path: Pa
     steps = (Step("0", LowRank(rank_ratio=0.5)), Step("0", FilterPrune(pruning_ratio=0.5)))
     outputs = assemble(bank, Plan(steps)).network(x)
     assert bool(outputs.isfinite().all())
+
+
+def fields_of(statistics: LayerStatistics | None) -> dict[str, Tensor]:
+    assert statistics is not None
+    return dict(vars(statistics))
+
+
+def assert_equal_statistics(one: LayerStatistics | None, other: LayerStatistics | None) -> None:
+    for field, value in fields_of(one).items():
+        assert torch.equal(value, fields_of(other)[field]), field
+
+
+@pytest.mark.parametrize("rows", [500, 10**9])
+@pytest.mark.parametrize("name", ["residual", "flatten", "signal", "tokens", "two_inputs"])
+def test_statistics_do_not_depend_on_which_layers_go_together(name: str, rows: int) -> None:
+    case = make_case(name)
+    gathering = Gathering(case.network, graph_of(name).layers, case.inputs, rows)
+    together = dict(collect_statistics(gathering, gathering.observed))
+    assert set(together) == {layer.name for layer in gathering.observed}
+    for layer in gathering.observed:
+        ((key, alone),) = collect_statistics(gathering, [layer])
+        assert key == layer.name
+        assert_equal_statistics(alone, together[key])
+
+
+def test_passes_hold_as_many_layers_as_the_bound_allows() -> None:
+    layers = Gathering(make_case("residual").network, graph_of("residual").layers, (), 1).observed
+    sizes = {x.name: 8 * x.in_features * (x.in_features + 3) for x in layers}
+    for bound in (1, max(sizes.values()), sum(sizes.values()) // 2, sum(sizes.values())):
+        passes = plan_passes(layers, bound)
+        assert [x for part in passes for x in part] == list(layers)
+        held = [sum(sizes[x.name] for x in part) for part in passes]
+        assert all(h <= bound or len(part) == 1 for h, part in zip(held, passes, strict=True))
+        # The next layer would not have gone along.
+        for total, after in zip(held, passes[1:], strict=False):
+            assert total + sizes[after[0].name] > bound
+    assert len(plan_passes(layers, 1)) == len(layers)
+    assert len(plan_passes(layers, sum(sizes.values()))) == 1
+    assert plan_passes((), 1) == []

@@ -5,11 +5,20 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import DENSE, assemble, bank_of, enliven, graph_of, make_case, make_device, run
+from networks import (
+    DENSE,
+    assemble,
+    bank_of,
+    enliven,
+    gathered,
+    graph_of,
+    make_case,
+    make_device,
+    run,
+)
 from torch import Tensor, nn
 
 from autocompress.bank.gradients import collect_gradients
-from autocompress.bank.statistics import collect_statistics
 from autocompress.graph import NetworkGraph, trace
 from autocompress.graph.norms import fold_batch_norms
 from autocompress.plan import Plan, Step
@@ -156,7 +165,7 @@ def test_statistics_and_gradients_follow_the_weights(separable) -> None:
     network, graph, inputs = separable
     changed = copy.deepcopy(network)
     equalize(changed, graph, (inputs[0][:2],), THREE)
-    known = [collect_statistics(n, graph.layers, inputs, 4096) for n in (network, changed)]
+    known = [gathered(n, graph.layers, inputs, 4096) for n in (network, changed)]
     slopes = [collect_gradients(n, graph.layers, inputs) for n in (network, changed)]
     for name in ("project", "head", "stem"):
         layer, module = graph.layer(name), changed.get_submodule(name)
