@@ -42,7 +42,6 @@ from autocompress.search.space import Space, build_space, unused_values
 from autocompress.techniques import (
     GroupTechnique,
     LayerTechnique,
-    NetworkTechnique,
     technique_of,
 )
 from autocompress.techniques.qat import Qat
@@ -317,7 +316,9 @@ def builder_of(prepared: Prepared, bank: Bank) -> Builder:
 
 def _reads_gradients(decision: Decision) -> bool:
     technique = technique_of(decision)
-    return not isinstance(technique, NetworkTechnique) and technique.uses_gradients(decision)
+    if isinstance(technique, (GroupTechnique, LayerTechnique)):
+        return technique.uses_gradients(decision)
+    return False
 
 
 def _solve(bank: Bank, target: str, decision: Decision) -> None:
