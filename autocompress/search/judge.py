@@ -23,7 +23,7 @@ from autocompress.evaluate import SHARE, Evaluation
 from autocompress.recover.autocast import bf16_pays
 from autocompress.search.front import MAXIMISE, objective_values
 from autocompress.search.limits import Figure, Limit, estimated_violations
-from autocompress.search.sensitivity import output_loss
+from autocompress.search.output_loss import output_loss
 from autocompress.workload import Split, Workload, network_outputs, score
 from autocompress.workload.types import Array
 
@@ -67,7 +67,7 @@ class Judgement:
 
     Attributes:
         estimates: by objective, in the objective's unit as `objective_values` has it.
-        loss: how far the outputs are from the original's, see `sensitivity.output_loss`.
+        loss: how far the outputs are from the original's, see `output_loss`.
         samples: of the search split that it was run on.
         dominated: whether a measured point is better beyond doubt.
     """
@@ -93,7 +93,7 @@ class Seen:
 
     Attributes:
         differences: of the metric, a value per labelled sample; for a user's metric per part.
-        loss: of the outputs, see `sensitivity.output_loss`.
+        loss: of the outputs, see `output_loss`.
         samples: how many it was.
         unit: what a labelled sample can change of a value, for metrics between 0 and 1.
     """

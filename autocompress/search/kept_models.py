@@ -39,7 +39,7 @@ class KeptModels:
 
     Attributes:
         space: what may be chosen.
-        loss: summed sensitivities, in nats (see `sensitivity.output_loss`).
+        loss: summed sensitivities, in nats (see `output_loss`).
         latency_ms: by the full name of a runtime, the baseline's first.
         sizes: in bytes.
         deviations: by runtime or size, how far a predicted cost may be off before anything is

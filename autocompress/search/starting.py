@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import final
 
 import torch
 
-from autocompress.build import Builder, Stopwatch
+from autocompress.build import Builder
 from autocompress.config import Objective
-from autocompress.errors import AutocompressError, ExportError, MeasurementError
+from autocompress.errors import ExportError, MeasurementError
 from autocompress.evaluate import Evaluation
 from autocompress.files import write_json
 from autocompress.measure.arrays import read_arrays
@@ -31,23 +28,19 @@ from autocompress.search.costs.models import CostModels
 from autocompress.search.costs.probes import Probing, quick_profile
 from autocompress.search.judge import rough_outputs
 from autocompress.search.kept_models import keep_models
+from autocompress.search.output_loss import constant_loss
 from autocompress.search.prepare import Prepared
-from autocompress.search.record import JudgedLog
 from autocompress.search.seeding.lagrangian import Solution, frontier
-from autocompress.search.seeding.spdy import PlanKey, RefineSettings, Scorer, plan_key, refine
 from autocompress.search.seeds import uniform_seeds
-from autocompress.search.sensitivity import SensitivityRun, output_loss, sensitivity_folder
+from autocompress.search.sensitivity import SensitivityRun, sensitivity_folder
 from autocompress.search.study import RUNTIME, Study
 from autocompress.techniques import NETWORK, Stage
 
 # Plans of a frontier, from the unchanged network to the cheapest; many change too much to be used.
-_FRONTIER = 24
+FRONTIER = 24
 _LEAST_LOSS, _MOST_LOSS = 1e-3, 0.7
-# Plans that are refined: those whose summed loss is nearest to these, in nats.
-_REFINED_AT = (0.02, 0.06, 0.2)
-_TRIES = 48
-# Of a search with a time limit; the plans of all runtimes and losses have it in equal parts.
-_REFINEMENT = 0.3
+# Of what a network loses that does not look at its inputs: with two classes that is soon reached.
+_MOST_SHARE = 0.5
 # Uniform plans beside those that were solved for: they need no model to be right.
 _UNIFORM = 6
 # Of a model that nothing was fitted to.
@@ -140,10 +133,14 @@ def frontier_seeds(
     costs: CostModels,
     objectives: Sequence[Objective],
     runtimes: Sequence[str],
+    most_loss: float = _MOST_LOSS,
 ) -> list[Seed]:
     """Plans of the least summed loss for a range of budgets of each cost in each runtime.
 
     Runtimes and costs in turn; see `_useful` for the order.
+
+    Args:
+        most_loss: plans that lose more are of no use.
     """
     lists: list[list[Seed]] = []
     for objective in objectives:
@@ -152,20 +149,20 @@ def frontier_seeds(
             # Energy and memory follow the time and the bytes, as far as anything is known.
             if cost is None or (objective != "latency" and number > 0):
                 continue
-            found = frontier(loss, cost, _FRONTIER)
-            lists.append([{**s.indices, RUNTIME: number} for s in _useful(found)])
+            found = frontier(loss, cost, FRONTIER)
+            lists.append([{**s.indices, RUNTIME: number} for s in _useful(found, most_loss)])
     longest = max(map(len, lists), default=0)
     return [each[i] for i in range(longest) for each in lists if i < len(each)]
 
 
-def _useful(found: Sequence[Solution]) -> list[Solution]:
+def _useful(found: Sequence[Solution], most_loss: float = _MOST_LOSS) -> list[Solution]:
     """Of plans that lose next to nothing the cheapest, and those that do not lose too much.
 
     In such an order that the first few already cover the whole range.
     """
     by_loss = sorted(found, key=lambda s: (s.loss, -s.cost))
     free = [s for s in by_loss if s.loss < _LEAST_LOSS]
-    kept = [*free[-1:], *(s for s in by_loss if _LEAST_LOSS <= s.loss <= _MOST_LOSS)]
+    kept = [*free[-1:], *(s for s in by_loss if _LEAST_LOSS <= s.loss <= most_loss)]
     return [kept[i] for i in coarse_to_fine(len(kept))]
 
 
@@ -179,96 +176,6 @@ def coarse_to_fine(count: int) -> list[int]:
             order.append(middle)
             spans += [(low, middle), (middle + 1, high)]
     return order
-
-
-@final
-class Refinement:
-    """SPDY's search for better plans, scored by the loss of the stitched network's outputs.
-
-    Args:
-        prepared: the search.
-        builder: makes the networks.
-        keep_busy: called between scores, so that the device is not idle meanwhile.
-        stop: whether time is up.
-        each_s: seconds for each plan.
-    """
-
-    def __init__(
-        self,
-        prepared: Prepared,
-        builder: Builder,
-        keep_busy: Callable[[], None],
-        stop: Callable[[], bool],
-        each_s: float,
-    ) -> None:
-        self._prepared, self._builder = prepared, builder
-        self._keep_busy, self._stop, self._each_s = keep_busy, stop, each_s
-        self._known = _Scores(prepared.folder.path / "refinement.jsonl")
-        # Not the calibration samples, which layers were solved with.
-        self._inputs = builder.sample.inputs
-        self._original = [
-            torch.from_numpy(o) for o in rough_outputs(prepared.workload.network, self._inputs)
-        ]
-
-    def seeds(self, loss: FactoredSum, cost: FactoredSum, runtime: int) -> Iterator[Seed]:
-        """Refined plans for a few budgets, each as soon as it is found."""
-        found = frontier(loss, cost, _FRONTIER)
-        for number, wanted in enumerate(_REFINED_AT):
-            start = min(found, key=lambda s: abs(math.log((s.loss + 1e-6) / wanted)))
-            scorer = Scorer(self._score, self._known, self._over_after(self._each_s))
-            seed = 1000 * self._prepared.experiment.search.seed + number
-            settings = RefineSettings(tries=_TRIES, seed=seed)
-            refined = refine(loss, cost, start.cost, scorer, settings)
-            yield {**refined.indices, RUNTIME: runtime}
-            if self._stop():
-                break
-
-    def _over_after(self, seconds: float) -> Callable[[], bool]:
-        end = time.monotonic() + seconds
-        return lambda: self._stop() or time.monotonic() > end
-
-    def _score(self, indices: Mapping[str, int]) -> float:
-        self._keep_busy()
-        plan = self._prepared.space.plan(indices)
-        try:
-            tried = self._builder.network(plan, Stopwatch())
-            if tried.outputs is None:
-                outputs = [torch.from_numpy(o) for o in rough_outputs(tried.network, self._inputs)]
-            else:
-                # Calibration inputs come first.
-                outputs = [o[-len(self._inputs[0]) :] for o in tried.outputs]
-        except AutocompressError:
-            # A plan that cannot be stitched is as bad as can be.
-            return math.inf
-        scores = not callable(self._prepared.workload.metric)
-        return output_loss(self._original, outputs, class_scores=scores)
-
-
-@final
-class _Scores(MutableMapping[PlanKey, float]):
-    """Scores of plans, kept in a file line by line."""
-
-    def __init__(self, path: Path) -> None:
-        self._log = JudgedLog(path)
-        self._known = {
-            plan_key(line["indices"]): float(line["score"]) for line in self._log.lines()
-        }
-
-    def __getitem__(self, key: PlanKey) -> float:
-        return self._known[key]
-
-    def __setitem__(self, key: PlanKey, value: float) -> None:
-        self._known[key] = value
-        self._log.append({"indices": dict(key), "score": value})
-
-    def __delitem__(self, key: PlanKey) -> None:
-        raise TypeError("scores are not forgotten")
-
-    def __iter__(self) -> Iterator[PlanKey]:
-        return iter(self._known)
-
-    def __len__(self) -> int:
-        return len(self._known)
 
 
 @final
@@ -349,39 +256,20 @@ def find_start(context: SearchContext, study: Study, references: Sequence[Evalua
     bits = find_bits(context, references[0])
     costs = cost_models(prepared, job.result(), _originals(references), bits)
     keep_models(context.folder.path, prepared.space, loss, costs, references[0])
-    seeds = frontier_seeds(loss, costs, context.objectives, context.runtimes)
+    most = _most_loss(prepared, context.evaluator.builder)
+    seeds = frontier_seeds(loss, costs, context.objectives, context.runtimes, most)
     uniform = uniform_seeds(prepared.space)[:_UNIFORM]
     study.enqueue([*seeds, *({**seed, RUNTIME: 0} for seed in uniform)])
     return Start(loss, costs)
 
 
-def refine_seeds(
-    context: SearchContext,
-    study: Study,
-    start: Start,
-    keep_busy: Callable[[], None],
-    left: Callable[[], float],
-) -> None:
-    """Enqueue refined plans for a few budgets of latency in every runtime.
-
-    Args:
-        study: gets the plans.
-        keep_busy: called between dear steps, so that the device is not idle meanwhile.
-        left: seconds until the search is to end; infinite without a time limit.
-    """
-    if start.loss is None or "latency" not in context.objectives or left() <= 0:
-        return
-
-    def over() -> bool:
-        return left() <= 0
-
-    each_s = _REFINEMENT * left() / (len(context.runtimes) * len(_REFINED_AT))
-    refinement = Refinement(context.prepared, context.evaluator.builder, keep_busy, over, each_s)
-    for number, runtime in enumerate(context.runtimes):
-        cost = start.costs.sum_of("latency", runtime)
-        if cost is not None and not over():
-            for seed in refinement.seeds(start.loss, cost, number):
-                study.enqueue([seed])
+def _most_loss(prepared: Prepared, builder: Builder) -> float:
+    outputs = rough_outputs(prepared.workload.network, builder.sample.inputs)
+    scores = not callable(prepared.workload.metric)
+    return min(
+        _MOST_LOSS,
+        _MOST_SHARE * constant_loss([torch.from_numpy(o) for o in outputs], class_scores=scores),
+    )
 
 
 def _originals(references: Sequence[Evaluation]) -> dict[str, Evaluation]:

@@ -22,7 +22,7 @@ from autocompress.search.judge import (
     is_dominated,
     mean_difference,
 )
-from autocompress.search.sensitivity import output_loss
+from autocompress.search.output_loss import output_loss
 from autocompress.workload import Split, Workload
 
 OBJECTIVES = ("metric", "latency", "file_bytes")

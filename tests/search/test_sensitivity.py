@@ -21,13 +21,13 @@ from autocompress.graph import NetworkGraph
 from autocompress.graph.layers import observe_layers
 from autocompress.plan import Decision
 from autocompress.search import sensitivity
+from autocompress.search.beside import run_beside
+from autocompress.search.output_loss import constant_loss, output_loss
 from autocompress.search.sensitivity import (
     Change,
     Sensitivities,
     SensitivityRun,
     filled_levels,
-    output_loss,
-    run_beside,
     thinned,
 )
 from autocompress.search.space import Parameter, Space
@@ -434,3 +434,13 @@ def test_a_single_level_tells_the_milder_ones_by_its_square() -> None:
 def test_the_strongest_level_is_always_measured(share: float, kept: list[int]) -> None:
     levels = [Change("a", FilterPrune(pruning_ratio=(i + 1) / 8)) for i in range(6)]
     assert thinned(levels, share) == [levels[i] for i in kept]
+
+
+def test_a_constant_output_loses_the_information_about_the_inputs() -> None:
+    scores = torch.tensor([[30.0, 0.0], [0.0, 30.0], [30.0, 0.0], [0.0, 30.0]])
+    assert constant_loss([scores], class_scores=True) == pytest.approx(math.log(2))
+    assert constant_loss([torch.zeros(4, 3)], class_scores=True) == pytest.approx(0)
+    # Mean 2, mean square 5: of that the variance, 1, is lost.
+    values = torch.tensor([[1.0], [3.0]])
+    assert constant_loss([values], class_scores=False) == pytest.approx(1 / 5)
+    assert constant_loss([values, torch.tensor([1, 2])], class_scores=False) == pytest.approx(1 / 5)

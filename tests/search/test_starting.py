@@ -22,15 +22,14 @@ from autocompress.plan import Plan
 from autocompress.search.costs.corrected import CorrectedCost
 from autocompress.search.costs.factored import Factor, FactoredSum
 from autocompress.search.costs.models import CostModels
+from autocompress.search.refinement import Refinement, refine_seeds
 from autocompress.search.seeding.lagrangian import Solution
 from autocompress.search.space import Parameter, Space
 from autocompress.search.starting import (
-    Refinement,
     Start,
     _useful,
     coarse_to_fine,
     frontier_seeds,
-    refine_seeds,
 )
 from autocompress.search.study import RUNTIME
 from autocompress.techniques import Stage
@@ -73,6 +72,7 @@ def test_useful_are_the_cheapest_free_plan_and_those_of_a_bearable_loss() -> Non
     assert _useful([solution(0, 5), solution(0, 3)]) == [solution(0, 3)]
     assert _useful([]) == []
     assert _useful([solution(5.0, 1.0)]) == []
+    assert _useful([solution(0.3, 1.0), solution(0.1, 2.0)], 0.2) == [solution(0.1, 2.0)]
 
 
 PARAMETERS = ("a", "b", "c", "d")
