@@ -30,6 +30,8 @@ from autocompress.techniques.equalize import Equalize, equalize
 from autocompress.techniques.stock import StockQuantizer
 from autocompress.workload import Split, Workload
 
+# The original's file, which speed-ups are relative to.
+BASELINE = "original"
 _RANGE_SAMPLES = 64
 _STOCK_SAMPLES = 256
 # Of the search split, for a first look at a network.
@@ -162,8 +164,12 @@ class Builder:
         return Artifact(self.path(name), {}, clock.seconds)
 
     def start_coding(self, model: Path, cores: Collection[int], *, checked: bool) -> Coding:
-        """Begin to write a file's coded container beside it; see `Coding`."""
-        return Coding(model, model.with_suffix(CODED_SUFFIX), cores, checked=checked)
+        """Begin to write a file's coded container beside it; see `Coding`.
+
+        Tensors that it shares with the original's file are coded once for all files.
+        """
+        target = model.with_suffix(CODED_SUFFIX)
+        return Coding(model, target, cores, self.path(BASELINE), checked=checked)
 
     @property
     def sample(self) -> Split:

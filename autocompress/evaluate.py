@@ -12,7 +12,7 @@ from typing import Any, Literal, final
 
 from torch import nn
 
-from autocompress.build import Artifact, Builder, Stopwatch
+from autocompress.build import BASELINE, Artifact, Builder, Stopwatch
 from autocompress.device import DeviceProfile, Fingerprint
 from autocompress.errors import ExportError
 from autocompress.export.coding.beside import Coding
@@ -27,8 +27,6 @@ from autocompress.plan import Plan, candidate_name
 from autocompress.recover import Watch
 from autocompress.workload import Split, Workload, network_outputs, score, score_standard_error
 
-# The artifact that every speed-up is relative to.
-BASELINE = "original"
 # The unit of accuracy and agreement; a user's metric has its own.
 SHARE = "share"
 SplitName = Literal["search", "test"]

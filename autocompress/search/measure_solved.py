@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from autocompress.build import BASELINE
 from autocompress.config import Experiment, read_yaml, validate
 from autocompress.errors import RunFolderError
-from autocompress.evaluate import BASELINE, Evaluation, Evaluator, Extras
+from autocompress.evaluate import Evaluation, Evaluator, Extras
 from autocompress.files import write_json
 from autocompress.search.kept_models import read_source
 from autocompress.search.paying_levels import keep_paying_levels

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -32,8 +32,11 @@ from autocompress.export.coding.tensors import method_name, pack_tensor, unpack_
 from autocompress.export.coding.wire import check_onnx, external_tensors, find_spans
 
 DEFAULT_LIMIT_BYTES = 1 << 31
+# Contents, element type and shape to coded bytes, and coded bytes, type and shape to contents.
+Pack = Callable[[bytes, int, tuple[int, ...]], bytes]
+Unpack = Callable[[bytes, int, tuple[int, ...]], bytes]
 _MAGIC = b"\x93ACZ"
-_VERSION = 1
+CONTAINER_VERSION = 1
 _DIGEST_BYTES = 16
 _CRC_BYTES = 4
 # No tensor takes more in the directory; each has at least a byte in section 2.
@@ -120,13 +123,17 @@ def encode_model(onnx_bytes: bytes) -> bytes:
     return encode_with_sizes(onnx_bytes)[0]
 
 
-def encode_with_sizes(onnx_bytes: bytes) -> tuple[bytes, CodedSizes]:
-    """As `encode_model`, and where the container's bytes go."""
+def encode_with_sizes(onnx_bytes: bytes, pack: Pack = pack_tensor) -> tuple[bytes, CodedSizes]:
+    """As `encode_model`, and where the container's bytes go.
+
+    Args:
+        pack: codes one tensor; see `pack_tensor`.
+    """
     external = external_tensors(check_onnx(onnx_bytes))
     spans = find_spans(onnx_bytes)
     cuts, coded, rest, at = list[Cut](), list[bytes](), bytearray(), 0
     for span in spans:
-        packed = pack_tensor(onnx_bytes[span.start : span.stop], span.code, span.shape)
+        packed = pack(onnx_bytes[span.start : span.stop], span.code, span.shape)
         cuts.append(Cut(span.start - at, span.code, span.shape, len(packed)))
         coded.append(packed)
         rest += onnx_bytes[at : span.start]
@@ -138,17 +145,20 @@ def encode_with_sizes(onnx_bytes: bytes) -> tuple[bytes, CodedSizes]:
         len(onnx_bytes), len(directory), len(rest), len(section_1), len(section_2),
         _digest(onnx_bytes),
     )  # fmt: skip
-    sections = (_MAGIC + bytes([_VERSION]) + header.pack(), section_1, section_2)
+    sections = (_MAGIC + bytes([CONTAINER_VERSION]) + header.pack(), section_1, section_2)
     container = b"".join(x + zlib.crc32(x).to_bytes(_CRC_BYTES, "little") for x in sections)
     parts = _Parts(header, tuple(cuts), bytes(rest), tuple(coded))
     return container, _sizes(len(container), parts, [span.name for span in spans], external)
 
 
-def decode_model(container: bytes, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> bytes:
+def decode_model(
+    container: bytes, limit_bytes: int = DEFAULT_LIMIT_BYTES, unpack: Unpack = unpack_tensor
+) -> bytes:
     """The ONNX file, bit for bit.
 
     Args:
         limit_bytes: the largest file that will be made.
+        unpack: decodes one tensor; see `unpack_tensor`.
 
     Raises:
         ExportError: the container is malformed, of a newer version, or its file too large.
@@ -159,7 +169,7 @@ def decode_model(container: bytes, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> by
         for cut, packed in zip(parts.cuts, parts.coded, strict=True):
             result += parts.rest[at : at + cut.gap]
             at += cut.gap
-            result += unpack_tensor(packed, cut.code, cut.shape)
+            result += unpack(packed, cut.code, cut.shape)
         result += parts.rest[at:]
         data = bytes(result)
     except MemoryError as cause:
@@ -234,11 +244,11 @@ def _read_header(source: ByteReader, limit_bytes: int) -> _Header:
             allowed="a container as `encode_model` wrote it",
         )
     version = source.byte()
-    if version != _VERSION:
+    if version != CONTAINER_VERSION:
         raise ExportError(
             "This coded model is of another version.",
             given=f"version {version}",
-            allowed=f"version {_VERSION}",
+            allowed=f"version {CONTAINER_VERSION}",
             advice="update autocompress",
         )
     file, directory, rest, section_1, section_2 = (source.varint(1 << 62) for _ in range(5))

@@ -12,6 +12,8 @@ from autocompress.export.coding.container import (
     decode_model,
     encode_with_sizes,
 )
+from autocompress.export.coding.kept import KeptTensors
+from autocompress.export.coding.tensors import pack_tensor, unpack_tensor
 from autocompress.files import write_whole
 
 if TYPE_CHECKING:
@@ -20,18 +22,22 @@ if TYPE_CHECKING:
 CODED_SUFFIX = ".acz"
 
 
-def encode_file(source: Path, target: Path) -> CodedSizes:
+def encode_file(source: Path, target: Path, kept: KeptTensors | None = None) -> CodedSizes:
     """Write an ONNX file as a container, decoded once to be sure.
 
     Tensors that the ONNX file keeps in other files are not taken in; the sizes count them.
+
+    Args:
+        kept: codes the tensors; those that it keeps were decoded when they were coded.
 
     Raises:
         ExportError: `source` cannot be read or is no ONNX model.
     """
     data = _read(source)
-    container, sizes = encode_with_sizes(data)
+    pack, unpack = (kept.pack, kept.unpack) if kept else (pack_tensor, unpack_tensor)
+    container, sizes = encode_with_sizes(data, pack)
     limit = max(len(data), DEFAULT_LIMIT_BYTES)
-    if decode_model(container, limit) != data:
+    if decode_model(container, limit, unpack) != data:
         raise ExportError(
             "The container does not give the file back; nothing was written.",
             given=source,

@@ -24,11 +24,11 @@ from ray.actor import ActorHandle
 from autocompress.allocator import keep_freed_memory
 from autocompress.bank import Bank
 from autocompress.bank.bank import BankState
-from autocompress.build import Builder, Stopwatch
+from autocompress.build import BASELINE, Builder, Stopwatch
 from autocompress.config import CalibrationSettings
 from autocompress.device import DeviceProfile
 from autocompress.errors import AutocompressError, DeviceError, SearchError
-from autocompress.evaluate import BASELINE, Device, Evaluation, Evaluator, Extras
+from autocompress.evaluate import Device, Evaluation, Evaluator, Extras
 from autocompress.export import Exporter
 from autocompress.graph import NetworkGraph
 from autocompress.plan import Plan
