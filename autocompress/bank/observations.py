@@ -118,23 +118,15 @@ class Observations:
         """Input moments of a layer; None for grouped convolutions and what is left as it is."""
         if layer not in self._names:
             return None
-        key = self._key(_STATISTICS, layer)
-        variant = self._store.get(key)
-        if variant is None:
-            # The file was damaged since.
-            self.gather(Counter())
-            variant = self._store.get(key)
+        # Gathered already, unless the file was damaged since.
+        variant = self._kept(_STATISTICS, layer, self.gather)
         return None if variant is None else LayerStatistics(**variant)
 
     def gradients(self, layer: str) -> LayerGradients | None:
         """Squared gradients of a layer, taken on first use; None where there are no statistics."""
         if not any(x.name == layer for x in self._gathering.observed):
             return None
-        key = self._key(_GRADIENTS, layer)
-        variant = self._store.get(key)
-        if variant is None:
-            self.gather_gradients(Counter())
-            variant = self._store.get(key)
+        variant = self._kept(_GRADIENTS, layer, self.gather_gradients)
         return None if variant is None else LayerGradients(**variant)
 
     def usage(self, layer: str) -> Tensor | None:
@@ -159,6 +151,14 @@ class Observations:
             # On disk: to gather it again would take passes over the data.
             self._store.put(self._key(kind, name), variant, lasting=True)
         self._names = frozenset(name for kind, name in observed.found if kind == _STATISTICS)
+
+    def _kept(self, kind: str, layer: str, gather: Callable[[Counter], None]) -> Variant | None:
+        key = self._key(kind, layer)
+        variant = self._store.get(key)
+        if variant is None:
+            gather(Counter())
+            variant = self._store.get(key)
+        return variant
 
     def _count(self) -> Variant:
         layers = self._gathering.layers

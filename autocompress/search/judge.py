@@ -189,6 +189,11 @@ def rough_outputs(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Array
         return network_outputs(network, inputs)
 
 
+def rough_tensors(network: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """As `rough_outputs`, as tensors."""
+    return [torch.from_numpy(output) for output in rough_outputs(network, inputs)]
+
+
 def mean_difference(differences: NDArray[np.float64], unit: float = 1.0) -> Interval:
     """The mean of paired differences.
 

@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import final
 
-import torch
-
 from autocompress.build import Builder, Stopwatch
 from autocompress.errors import AutocompressError
 from autocompress.search.context import SearchContext
 from autocompress.search.costs.factored import FactoredSum
-from autocompress.search.judge import rough_outputs
+from autocompress.search.judge import rough_tensors
 from autocompress.search.output_loss import output_loss
 from autocompress.search.prepare import Prepared
 from autocompress.search.record import JudgedLog
@@ -84,9 +82,7 @@ class Refinement:
         self._known = _Scores(prepared.folder.path / "refinement.jsonl")
         # Not the calibration samples, which layers were solved with.
         self._inputs = builder.sample.inputs
-        self._original = [
-            torch.from_numpy(o) for o in rough_outputs(prepared.workload.network, self._inputs)
-        ]
+        self._original = rough_tensors(prepared.workload.network, self._inputs)
 
     def seeds(self, loss: FactoredSum, cost: FactoredSum, runtime: int) -> Iterator[Seed]:
         """Refined plans for a few budgets, each as soon as it is found."""
@@ -111,7 +107,7 @@ class Refinement:
         try:
             tried = self._builder.network(plan, Stopwatch())
             if tried.outputs is None:
-                outputs = [torch.from_numpy(o) for o in rough_outputs(tried.network, self._inputs)]
+                outputs = rough_tensors(tried.network, self._inputs)
             else:
                 # Calibration inputs come first.
                 outputs = [o[-len(self._inputs[0]) :] for o in tried.outputs]

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
-import torch
-
 from autocompress.build import Builder
 from autocompress.config import Objective
 from autocompress.errors import ExportError, MeasurementError
@@ -26,7 +24,7 @@ from autocompress.search.costs.factored import FactoredSum
 from autocompress.search.costs.latency import latency_costs, macs_costs
 from autocompress.search.costs.models import CostModels
 from autocompress.search.costs.probes import Probing, quick_profile
-from autocompress.search.judge import rough_outputs
+from autocompress.search.judge import rough_tensors
 from autocompress.search.kept_models import keep_models
 from autocompress.search.output_loss import constant_loss
 from autocompress.search.prepare import Prepared
@@ -264,12 +262,9 @@ def find_start(context: SearchContext, study: Study, references: Sequence[Evalua
 
 
 def _most_loss(prepared: Prepared, builder: Builder) -> float:
-    outputs = rough_outputs(prepared.workload.network, builder.sample.inputs)
+    outputs = rough_tensors(prepared.workload.network, builder.sample.inputs)
     scores = not callable(prepared.workload.metric)
-    return min(
-        _MOST_LOSS,
-        _MOST_SHARE * constant_loss([torch.from_numpy(o) for o in outputs], class_scores=scores),
-    )
+    return min(_MOST_LOSS, _MOST_SHARE * constant_loss(outputs, class_scores=scores))
 
 
 def _originals(references: Sequence[Evaluation]) -> dict[str, Evaluation]:
