@@ -164,12 +164,8 @@ class Builder:
         return Artifact(self.path(name), {}, clock.seconds)
 
     def start_coding(self, model: Path, cores: Collection[int], *, checked: bool) -> Coding:
-        """Begin to write a file's coded container beside it; see `Coding`.
-
-        Tensors that it shares with the original's file are coded once for all files.
-        """
-        target = model.with_suffix(CODED_SUFFIX)
-        return Coding(model, target, cores, self.path(BASELINE), checked=checked)
+        """Begin to write a file's coded container beside it; see `Coding`."""
+        return Coding(model, model.with_suffix(CODED_SUFFIX), cores, checked=checked)
 
     @property
     def sample(self) -> Split:

@@ -18,7 +18,7 @@ from autocompress.export.coding.files import encode_file
 from autocompress.export.coding.kept import KeptTensors
 from autocompress.files import write_whole
 
-# Beside the shared file.
+# Beside the containers.
 _KEPT = "coded"
 _MODULE = "autocompress.export.coding.beside"
 
@@ -29,23 +29,22 @@ class Coding:
 
     Args:
         source: an ONNX file.
-        target: the container, written whole.
+        target: the container, written whole; tensors that several files of its folder share are
+            coded once (`KeptTensors`).
         cores: where the process may run.
-        shared: another ONNX file, whose tensors are coded once for all files (`KeptTensors`); if
-            there is none, all are coded.
         checked: decode it once to be sure, which takes as long again; else a container that is
             there already is taken.
     """
 
     def __init__(
-        self, source: Path, target: Path, cores: Collection[int], shared: Path, *, checked: bool
+        self, source: Path, target: Path, cores: Collection[int], *, checked: bool
     ) -> None:
         self._source, self._target = source, target
         self._child: subprocess.Popen[str] | None = None
         if checked or not target.is_file():
             places = ",".join(map(str, sorted(cores)))
             mode = "checked" if checked else "unchecked"
-            arguments = [str(source), str(target), places, str(shared), mode]
+            arguments = [str(source), str(target), places, mode]
             self._child = subprocess.Popen(
                 [sys.executable, "-m", _MODULE, *arguments],
                 stdout=subprocess.DEVNULL,
@@ -73,26 +72,25 @@ class Coding:
             self._child.communicate()
 
 
-def main(
-    source: Path, target: Path, cores: Collection[int], shared: Path, *, checked: bool
-) -> None:
+def main(source: Path, target: Path, cores: Collection[int], *, checked: bool) -> None:
     """What the process does.
 
     Raises:
         ExportError: the file cannot be coded.
     """
     os.sched_setaffinity(0, cores)
-    kept = KeptTensors(shared.parent / _KEPT, shared.read_bytes() if shared.is_file() else b"")
+    kept = KeptTensors(target.parent / _KEPT)
     if checked:
         encode_file(source, target, kept)
     else:
         write_whole(target, encode_with_sizes(source.read_bytes(), kept.pack)[0])
+    kept.prune()
 
 
 if __name__ == "__main__":
-    first, second, places, third, mode = sys.argv[1:]
+    first, second, places, mode = sys.argv[1:]
     try:
         numbers = {int(core) for core in places.split(",")}
-        main(Path(first), Path(second), numbers, Path(third), checked=mode == "checked")
+        main(Path(first), Path(second), numbers, checked=mode == "checked")
     except ExportError as error:
         sys.exit(str(error))

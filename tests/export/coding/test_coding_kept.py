@@ -13,6 +13,7 @@ from onnx_files import model_of, raw_tensor
 from autocompress.errors import ExportError
 from autocompress.export.coding import decode_model, encode_file, encode_model, kept
 from autocompress.export.coding.beside import Coding
+from autocompress.export.coding.container import encode_with_sizes
 from autocompress.export.coding.kept import KeptTensors
 
 ROWS = 96
@@ -23,71 +24,103 @@ def floats(name: str, seed: int, rows: int = ROWS):
     return raw_tensor(name, TensorProto.FLOAT, values.shape, values.tobytes())
 
 
-ORIGINAL = model_of(floats("table", 0), floats("weight", 1), floats("few", 2, 3))
-CANDIDATE = model_of(floats("renamed", 0), floats("weight", 3), floats("few", 2, 3))
+LARGE = (ROWS * 64 * 4, ROWS, 64)
+FIRST = model_of(floats("table", 0), floats("weight", 1), floats("few", 2, 3))
+SECOND = model_of(floats("renamed", 0), floats("weight", 3), floats("few", 2, 3))
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    coded: list[tuple[int, ...]] = []
-    pack = kept.pack_tensor
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[int, ...]]]:
+    """Bytes and shapes of tensors that were coded and decoded."""
+    pack, unpack = kept.pack_tensor, kept.unpack_tensor
+    counts: dict[str, list[tuple[int, ...]]] = {"coded": [], "decoded": []}
 
-    def count(data: bytes, code: int, shape: tuple[int, ...]) -> bytes:
-        coded.append((len(data), *shape))
+    def count_pack(data: bytes, code: int, shape: tuple[int, ...]) -> bytes:
+        counts["coded"].append((len(data), *shape))
         return pack(data, code, shape)
 
-    monkeypatch.setattr(kept, "pack_tensor", count)
-    return coded
+    def count_unpack(packed: bytes, code: int, shape: tuple[int, ...]) -> bytes:
+        data = unpack(packed, code, shape)
+        counts["decoded"].append((len(data), *shape))
+        return data
+
+    monkeypatch.setattr(kept, "pack_tensor", count_pack)
+    monkeypatch.setattr(kept, "unpack_tensor", count_unpack)
+    return counts
 
 
 def encoded(model: bytes, folder: Path, name: str) -> bytes:
     source, target = folder / f"{name}.onnx", folder / f"{name}.acz"
     source.write_bytes(model)
-    encode_file(source, target, KeptTensors(folder / "coded", ORIGINAL))
+    encode_file(source, target, KeptTensors(folder / "coded"))
     return target.read_bytes()
 
 
-def test_containers_are_the_same_and_shared_tensors_are_coded_once(
-    tmp_path: Path, counted: list[tuple[int, ...]]
+def test_containers_are_the_same_and_shared_tensors_are_coded_and_decoded_once(
+    tmp_path: Path, counted: dict[str, list[tuple[int, ...]]]
 ) -> None:
-    large = (ROWS * 64 * 4, ROWS, 64)
-    assert encoded(ORIGINAL, tmp_path, "original") == encode_model(ORIGINAL)
-    assert counted.count(large) == 2
-    counted.clear()
-    container = encoded(CANDIDATE, tmp_path, "candidate")
-    assert container == encode_model(CANDIDATE)
-    assert decode_model(container) == CANDIDATE
-    # One of two large ones is the original's; small ones are not worth a file.
-    assert counted.count(large) == 1
-    assert len(list((tmp_path / "coded").iterdir())) == 2
+    assert encoded(FIRST, tmp_path, "first") == encode_model(FIRST)
+    assert [counted[kind].count(LARGE) for kind in counted] == [2, 2]
+    container = encoded(SECOND, tmp_path, "second")
+    assert container == encode_model(SECOND)
+    assert decode_model(container) == SECOND
+    # Small ones are not worth a file.
+    assert [counted[kind].count(LARGE) for kind in counted] == [3, 3]
+    assert len(list((tmp_path / "coded").iterdir())) == 3
 
 
-def test_a_damaged_file_is_not_taken(tmp_path: Path) -> None:
-    encoded(ORIGINAL, tmp_path, "original")
+def test_what_was_only_coded_is_decoded_when_it_is_checked(
+    tmp_path: Path, counted: dict[str, list[tuple[int, ...]]]
+) -> None:
+    encode_with_sizes(FIRST, KeptTensors(tmp_path / "coded").pack)
+    assert [counted[kind].count(LARGE) for kind in counted] == [2, 0]
+    assert encoded(FIRST, tmp_path, "first") == encode_model(FIRST)
+    assert [counted[kind].count(LARGE) for kind in counted] == [2, 2]
+    encoded(FIRST, tmp_path, "first")
+    assert [counted[kind].count(LARGE) for kind in counted] == [2, 2]
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "emptied"])
+def test_a_damaged_file_is_not_taken(tmp_path: Path, damage: str) -> None:
+    encoded(FIRST, tmp_path, "first")
     for path in (tmp_path / "coded").iterdir():
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
-        path.write_bytes(bytes(content))
-    assert encoded(ORIGINAL, tmp_path, "again") == encode_model(ORIGINAL)
+        path.write_bytes({"changed": content, "cut": content[:4], "emptied": b""}[damage])
+    assert encoded(FIRST, tmp_path, "again") == encode_model(FIRST)
 
 
-def test_a_tensor_that_does_not_come_back_is_not_kept(
+def test_a_tensor_that_does_not_come_back_is_refused_each_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kept, "unpack_tensor", lambda packed, code, shape: b"")
-    with pytest.raises(ExportError, match="does not give its contents back"):
-        encoded(ORIGINAL, tmp_path, "original")
-    assert not (tmp_path / "coded").exists()
+    for _ in range(2):
+        with pytest.raises(ExportError, match="SHA-256"):
+            encoded(FIRST, tmp_path, "first")
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_process_keeps_what_it_shares_with_the_original(tmp_path: Path, there: bool) -> None:
-    original, model = tmp_path / "original.onnx", tmp_path / "model.onnx"
-    model.write_bytes(CANDIDATE)
-    if there:
-        original.write_bytes(ORIGINAL)
-    for checked in (False, True):
-        target = model.with_suffix(f".{checked}")
-        coding = Coding(model, target, os.sched_getaffinity(0), original, checked=checked)
-        assert coding.wait() == len(encode_model(CANDIDATE))
-    assert len(list((tmp_path / "coded").glob("*"))) == there
+def test_what_was_not_used_for_longest_is_deleted(tmp_path: Path) -> None:
+    folder = tmp_path / "coded"
+    encoded(FIRST, tmp_path, "first")
+    for path in folder.iterdir():
+        os.utime(path, (0, 0))
+    # Uses one of the first file's two, and adds one.
+    encoded(SECOND, tmp_path, "second")
+    sizes = sorted(path.stat().st_size for path in folder.iterdir())
+    KeptTensors(folder, sum(sizes) - 1).prune()
+    assert len(list(folder.iterdir())) == 2
+    assert all(path.stat().st_mtime > 0 for path in folder.iterdir())
+    KeptTensors(folder, 0).prune()
+    assert not list(folder.iterdir())
+    KeptTensors(tmp_path / "none").prune()
+
+
+def test_processes_share_what_they_keep(tmp_path: Path) -> None:
+    for name, model in (("first", FIRST), ("second", SECOND)):
+        source = tmp_path / f"{name}.onnx"
+        source.write_bytes(model)
+        for checked in (False, True):
+            target = source.with_suffix(".acz")
+            coding = Coding(source, target, os.sched_getaffinity(0), checked=checked)
+            assert coding.wait() == len(encode_model(model))
+    assert len(list((tmp_path / "coded").iterdir())) == 3
