@@ -18,7 +18,14 @@ from autocompress.bank import Bank, Stitched, apply_stage, stitch
 from autocompress.config import CalibrationSettings
 from autocompress.device import DeviceProfile
 from autocompress.errors import PlanError
-from autocompress.export import Exporter, FloatModel, StockOptions, quantize, stock_quantize
+from autocompress.export import (
+    Exporter,
+    FloatModel,
+    StockOptions,
+    advised_options,
+    quantize,
+    stock_quantize,
+)
 from autocompress.export.coding import CODED_SUFFIX
 from autocompress.export.coding.beside import Coding
 from autocompress.files import write_whole
@@ -152,16 +159,17 @@ class Builder:
         return Artifact(self.path(name), details, clock.seconds)
 
     def build_stock(self, name: str, original: Path) -> Artifact:
-        """The stock tool's int8 file of the original network, made from its file.
+        """The stock tool's int8 file of the original network, made from its file as it advises.
 
         Raises:
             ExportError: the stock tool fails on this network.
         """
         clock = Stopwatch()
         self.path(name).with_suffix(CODED_SUFFIX).unlink(missing_ok=True)
+        options = advised_options(self._bank.network, self._bank.graph.layers)
         with clock.step("build"):
-            self._stock(onnx.load(original), self.path(name), StockOptions())
-        return Artifact(self.path(name), {}, clock.seconds)
+            self._stock(onnx.load(original), self.path(name), options)
+        return Artifact(self.path(name), {"ranges": options.mode}, clock.seconds)
 
     def start_coding(self, model: Path, cores: Collection[int], *, checked: bool) -> Coding:
         """Begin to write a file's coded container beside it; see `Coding`."""

@@ -3,7 +3,7 @@
 from autocompress.export.exporter import Exporter, FloatModel
 from autocompress.export.packed import stored_weight_bytes
 from autocompress.export.quantize import Label, QuantizedModel, quantize
-from autocompress.export.stock import StockOptions, stock_quantize
+from autocompress.export.stock import StockOptions, advised_options, stock_quantize
 
 __all__ = [
     "Exporter",
@@ -11,6 +11,7 @@ __all__ = [
     "Label",
     "QuantizedModel",
     "StockOptions",
+    "advised_options",
     "quantize",
     "stock_quantize",
     "stored_weight_bytes",

@@ -22,8 +22,10 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import nn
 
 from autocompress.errors import ExportError
+from autocompress.graph import Layer
 
 _BATCH = 32
 _METHODS = (
@@ -36,7 +38,7 @@ _METHODS = (
 @final
 @dataclass(frozen=True)
 class StockOptions:
-    """Options of the stock tool; the defaults are its best setting on x86 CPUs.
+    """Options of the stock tool; the defaults are its best setting for convolutions on x86 CPUs.
 
     Attributes:
         mode: whether ranges of activations are fixed or taken anew at each run.
@@ -50,6 +52,21 @@ class StockOptions:
     per_channel: bool = True
     signed_activations: bool = False
     calibration: Literal["minmax", "percentile", "entropy"] = "minmax"
+
+
+def advised_options(network: nn.Module, layers: Sequence[Layer]) -> StockOptions:
+    """The setting that the tool's documentation advises for a network.
+
+    Ranges are taken anew at each run for recurrent networks and transformers, told by linear layers
+    with several positions; they are fixed for all others.
+
+    Args:
+        layers: all that the network has.
+    """
+    tokens = sum(x.macs for x in layers if x.kind == "linear" and x.positions > 1)
+    rest = sum(x.macs for x in layers) - tokens
+    recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
+    return StockOptions("dynamic" if recurrent or tokens > rest else "static")
 
 
 @final

@@ -9,6 +9,11 @@ from autocompress.plan import Plan, candidate_name
 from autocompress.search.columns import ORIGINAL, STOCK_INT8
 from autocompress.search.context import SearchContext
 
+_DYNAMIC = (
+    f"{STOCK_INT8} takes the ranges of activations anew at each run, as ONNX Runtime's "
+    "documentation advises for this kind of network"
+)
+
 
 def measure_references(context: SearchContext) -> list[Evaluation]:
     """The original network in every runtime, and the stock tool's int8 in the first.
@@ -44,6 +49,8 @@ def measure_references(context: SearchContext) -> list[Evaluation]:
                 context.progress.note(f"no reference point {name}: {reason}")
                 continue
             context.folder.save_evaluation(known)
+        if known.details.get("ranges") == "dynamic":
+            context.progress.note(_DYNAMIC)
         found.append(known)
         context.progress.advance()
     return found

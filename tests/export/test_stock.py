@@ -6,10 +6,11 @@ import numpy as np
 import onnx
 import pytest
 from models import calibration, candidate, operators, relative_error, run_onnx, values
-from networks import exporter_of
+from networks import exporter_of, graph_of, make_case
+from torch import nn
 
 from autocompress.errors import ExportError
-from autocompress.export import StockOptions, stock_quantize
+from autocompress.export import StockOptions, advised_options, stock_quantize
 
 
 def float_file(name: str) -> onnx.ModelProto:
@@ -49,6 +50,19 @@ def test_options_reach_the_tool(tmp_path: Path) -> None:
     stored = values(stock_file("residual", tmp_path, options))
     assert stored["x_zero_point"].dtype == np.int8
     assert stored["block1.conv1.weight_scale"].shape in ((), (1,))
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("residual", "static"), ("two_inputs", "static"), ("attention", "dynamic")],
+)
+def test_ranges_are_taken_as_the_tool_advises(kind: str, mode: str) -> None:
+    assert advised_options(make_case(kind).network, graph_of(kind).layers).mode == mode
+
+
+def test_recurrent_networks_take_ranges_anew() -> None:
+    network = nn.ModuleDict({"lstm": nn.LSTM(4, 4), "head": nn.Linear(4, 2)})
+    assert advised_options(network, ()).mode == "dynamic"
 
 
 def test_percentiles_cut_what_minmax_keeps(tmp_path: Path) -> None:
