@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, final
 
 from torch import nn
 
 from autocompress.build import BASELINE, Artifact, Builder, Stopwatch
 from autocompress.device import DeviceProfile, Fingerprint
 from autocompress.errors import ExportError
+from autocompress.evaluation import SHARE, Evaluation, Repeat, SplitName
 from autocompress.export.coding.beside import Coding
 from autocompress.files import write_json
 from autocompress.measure.client import Subject, Worker
@@ -27,111 +27,26 @@ from autocompress.plan import Plan, candidate_name
 from autocompress.recover import Watch
 from autocompress.workload import Split, Workload, network_outputs, score, score_standard_error
 
-# The unit of accuracy and agreement; a user's metric has its own.
-SHARE = "share"
-SplitName = Literal["search", "test"]
-
 _SCORING_BATCH = 64
 _CONFIDENCE_SIGMAS = 1.96
 
 
 @final
 @dataclass(frozen=True)
-class Repeat:
-    """Latency and energy of a candidate as one process measured them.
+class Measured:
+    """Figures that still lack the coded size, whose container is being made.
 
     Attributes:
-        latency: as in `Evaluation`; so are `speedup` and `energy`.
-        seconds: what it took.
+        coding: None if none is wanted.
     """
 
-    latency: Measurement
-    speedup: Measurement
-    energy: Measurement | None
-    seconds: float
+    evaluation: Evaluation
+    coding: Coding | None
 
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Repeat:
-        """Read back what `dataclasses.asdict` wrote."""
-        return Repeat(
-            latency=Measurement.from_dict(data["latency"]),
-            speedup=Measurement.from_dict(data["speedup"]),
-            energy=None if data["energy"] is None else Measurement.from_dict(data["energy"]),
-            seconds=data["seconds"],
-        )
-
-
-@final
-@dataclass(frozen=True)
-class Evaluation:
-    """The figures of one candidate on one split.
-
-    Attributes:
-        candidate: see `plan.candidate_name`.
-        runtime: full name of the runtime that all figures were taken in.
-        plan: rows of `Plan.to_rows`.
-        split: which split the metric was taken on.
-        metric: the user's metric through the same runtime and settings.
-        latency: milliseconds per run at the profile's batch size.
-        speedup: baseline over candidate, measured in turn; the baseline is the original network in
-            the profile's first runtime.
-        file_bytes: size of the ONNX file.
-        download_bytes: size of the coded container; None where it was not made.
-        peak_memory_bytes: peak resident bytes of a fresh process, net of the runtime itself; None
-            where it was not measured.
-        gpu_memory_bytes: likewise on the GPU; None for a CPU.
-        energy: millijoules per inference; None where it was not metered.
-        artifact: path of the ONNX file relative to the run folder.
-        details: parity, how each quantized layer runs, whether the skeleton fitted, the load and
-            clock.
-        seconds: what each step took, the first time if it was repeated.
-        repeats: all single measurements, the first one included, if latency and energy were taken
-            more than once; `latency`, `speedup` and `energy` join them.
-    """
-
-    candidate: str
-    runtime: str
-    plan: tuple[Mapping[str, Any], ...]
-    split: SplitName
-    metric: Measurement
-    latency: Measurement
-    speedup: Measurement
-    file_bytes: int
-    artifact: str
-    peak_memory_bytes: int | None = None
-    download_bytes: int | None = None
-    gpu_memory_bytes: int | None = None
-    energy: Measurement | None = None
-    details: Mapping[str, Any] = field(default_factory=dict)
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    repeats: tuple[Repeat, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Evaluation:
-        """Read back what `to_dict` wrote."""
-        fields = dict(data)
-        for name in ("metric", "latency", "speedup"):
-            fields[name] = Measurement.from_dict(fields[name])
-        if fields["energy"] is not None:
-            fields["energy"] = Measurement.from_dict(fields["energy"])
-        fields["plan"] = tuple(fields["plan"])
-        fields["repeats"] = tuple(map(Repeat.from_dict, fields.get("repeats", ())))
-        return Evaluation(**fields)
-
-    @property
-    def single_measurements(self) -> tuple[Repeat, ...]:
-        """What each process measured of latency and energy, the first one first; at least one."""
-        seconds = sum(self.seconds.get(step, 0.0) for step in ("latency", "energy"))
-        return self.repeats or (Repeat(self.latency, self.speedup, self.energy, seconds),)
-
-    @property
-    def trusted(self) -> bool:
-        """Whether latency and energy can be relied on."""
-        return self.latency.trusted and (self.energy is None or self.energy.trusted)
+    def cancel(self) -> None:
+        """End the coding; for figures that nobody waits for any more."""
+        if self.coding is not None:
+            self.coding.cancel()
 
 
 @final
@@ -266,44 +181,44 @@ class Evaluator:
             ExportError: the file cannot be coded, and its coded size is an objective.
             WorkloadError: the metric fails or is not finite.
         """
+        return self.with_code(self.measure_uncoded(artifact, plan, runtime, split, final=final))
+
+    def measure_uncoded(
+        self, artifact: Artifact, plan: Plan, runtime: str, split: SplitName, *, final: bool
+    ) -> Measured:
+        """As `measure`, but does not wait for the container, which is made beside.
+
+        The result is for `with_code`, or to be cancelled.
+        """
+        coding = self._coding(artifact.path, final=final)
+        try:
+            evaluation = self._measured(artifact, plan, runtime, split, final=final)
+        except BaseException:
+            if coding is not None:
+                coding.cancel()
+            raise
+        return Measured(evaluation, coding)
+
+    def with_code(self, measured: Measured) -> Evaluation:
+        """Wait for the container, and add its size; or the reason, where there is no need of it.
+
+        Raises:
+            ExportError: the file cannot be coded, and the search goes by its coded size.
+        """
+        found = measured.evaluation
+        if measured.coding is None:
+            return found
         clock = Stopwatch()
-        subject = Subject(artifact.path, runtime)
-        candidate = candidate_name(artifact.path.stem, runtime, self._profile.runtime_names[0])
-        with self._coding(artifact.path, final=final) as coding:
-            with clock.step("metric"):
-                # Nothing is built beside reference points, whose plan is empty.
-                pool = self._scoring if final or not plan.steps else self._beside
-                metric = self._metric(subject, split, pool)
-            with clock.step("latency"):
-                paired = self._timing.compare(
-                    self._baseline, subject, self._example, final=final, seed=0
-                )
-            memory = None
-            if final or self._extras.memory:
-                with clock.step("memory"):
-                    memory = peak_memory(subject, self._example, self._profile, self._host)
-            details = dict(artifact.details) | _circumstances(paired)
-            energy = self._energy(subject, clock, details, final=final)
+        try:
             with clock.step("code"):
-                download_bytes = None if coding is None else self._coded(coding, details)
-        self._keep_samples(f"{candidate}-{split}", paired)
-        return Evaluation(
-            candidate=candidate,
-            runtime=runtime,
-            plan=tuple(plan.to_rows()),
-            split=split,
-            metric=metric,
-            latency=paired.latency(),
-            speedup=paired.ratio(),
-            file_bytes=artifact.path.stat().st_size,
-            download_bytes=download_bytes,
-            peak_memory_bytes=memory.resident_bytes if memory else None,
-            gpu_memory_bytes=memory.gpu_bytes if memory else None,
-            energy=energy,
-            artifact=str(artifact.path.relative_to(self._folder)),
-            details=details,
-            seconds={**artifact.seconds, **clock.seconds},
-        )
+                size = measured.coding.wait()
+        except ExportError as reason:
+            if self._extras.coded:
+                raise
+            return replace(found, details={**found.details, "not_coded": str(reason)})
+        finally:
+            measured.coding.cancel()
+        return replace(found, download_bytes=size, seconds={**found.seconds, **clock.seconds})
 
     def measure_again(self, evaluation: Evaluation) -> Repeat:
         """Take a judged candidate's latency, and energy if it is an objective, in a new process.
@@ -360,35 +275,54 @@ class Evaluator:
         details |= {"idle_mw": paired.idle_mw, "meter": paired.samples.scope}
         return paired.energy()
 
-    @contextmanager
-    def _coding(self, model: Path, *, final: bool) -> Iterator[Coding | None]:
+    def _coding(self, model: Path, *, final: bool) -> Coding | None:
         """The file's container, which is made beside what is measured; None if none is wanted."""
         if not final and not self._extras.coded:
-            yield None
-            return
+            return None
         every = os.sched_getaffinity(0)
         if self._profile.kind == "cpu" and self._host.here:
             every = set(self._timing.cores)
             every = every - set(self._profile.pinned_cores(self._timing.cores)) or every
-        coding = self._builder.start_coding(model, every, checked=final)
-        try:
-            yield coding
-        finally:
-            coding.cancel()
+        return self._builder.start_coding(model, every, checked=final)
 
-    def _coded(self, coding: Coding, details: dict[str, Any]) -> int | None:
-        """The container's bytes; None, with the reason in the details, if there is no need of it.
-
-        Raises:
-            ExportError: the file cannot be coded, and the search goes by its coded size.
-        """
-        try:
-            return coding.wait()
-        except ExportError as reason:
-            if self._extras.coded:
-                raise
-            details["not_coded"] = str(reason)
-            return None
+    def _measured(
+        self, artifact: Artifact, plan: Plan, runtime: str, split: SplitName, *, final: bool
+    ) -> Evaluation:
+        """All figures but the coded size."""
+        clock = Stopwatch()
+        subject = Subject(artifact.path, runtime)
+        candidate = candidate_name(artifact.path.stem, runtime, self._profile.runtime_names[0])
+        with clock.step("metric"):
+            # Nothing is built beside reference points, whose plan is empty.
+            pool = self._scoring if final or not plan.steps else self._beside
+            metric = self._metric(subject, split, pool)
+        with clock.step("latency"):
+            paired = self._timing.compare(
+                self._baseline, subject, self._example, final=final, seed=0
+            )
+        memory = None
+        if final or self._extras.memory:
+            with clock.step("memory"):
+                memory = peak_memory(subject, self._example, self._profile, self._host)
+        details = dict(artifact.details) | _circumstances(paired)
+        energy = self._energy(subject, clock, details, final=final)
+        self._keep_samples(f"{candidate}-{split}", paired)
+        return Evaluation(
+            candidate=candidate,
+            runtime=runtime,
+            plan=tuple(plan.to_rows()),
+            split=split,
+            metric=metric,
+            latency=paired.latency(),
+            speedup=paired.ratio(),
+            file_bytes=artifact.path.stat().st_size,
+            peak_memory_bytes=memory.resident_bytes if memory else None,
+            gpu_memory_bytes=memory.gpu_bytes if memory else None,
+            energy=energy,
+            artifact=str(artifact.path.relative_to(self._folder)),
+            details=details,
+            seconds={**artifact.seconds, **clock.seconds},
+        )
 
     @property
     def _baseline(self) -> Subject:

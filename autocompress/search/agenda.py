@@ -13,7 +13,7 @@ from typing import final
 
 from autocompress.config import Objective
 from autocompress.errors import SearchError
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.search.costs.models import CostModels
 from autocompress.search.judge import Interval, Judge, Judgement, Seen
 from autocompress.search.promotion import FrontGain, Judged, Pool

@@ -9,7 +9,8 @@ from typing import final
 from autocompress.bank import Bank
 from autocompress.build import Artifact
 from autocompress.config import Objective, SearchSettings
-from autocompress.evaluate import Evaluation, Evaluator, SplitName
+from autocompress.evaluate import Evaluator
+from autocompress.evaluation import Evaluation, SplitName
 from autocompress.plan import Plan
 from autocompress.search.budget import Budget
 from autocompress.search.prepare import Prepared

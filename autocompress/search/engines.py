@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import final
 
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.search.agenda import Agenda
 from autocompress.search.context import SearchContext
 from autocompress.search.explore import Explorer, beside_the_device

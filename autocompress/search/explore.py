@@ -19,7 +19,8 @@ from torch import nn
 
 from autocompress.build import Stopwatch
 from autocompress.errors import DeviceError
-from autocompress.evaluate import Device, Evaluation
+from autocompress.evaluate import Device
+from autocompress.evaluation import Evaluation
 from autocompress.search.agenda import POOL, Agenda, Task, reason_of
 from autocompress.search.context import SearchContext
 from autocompress.search.judge import Sample

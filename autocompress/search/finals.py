@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from autocompress.config import Objective
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.pareto import hypervolume
 from autocompress.search.front import MAXIMISE, front_mask, objective_values
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from autocompress.config import Objective
 from autocompress.errors import RunFolderError
-from autocompress.evaluate import SHARE, Evaluation
+from autocompress.evaluation import SHARE, Evaluation
 from autocompress.files import write_whole
 from autocompress.measure.measurement import Measurement
 from autocompress.pareto import non_dominated, surely_dominated

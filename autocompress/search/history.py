@@ -8,7 +8,7 @@ from pathlib import Path
 import optuna
 
 from autocompress.errors import RunFolderError
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.search.storage import has_study, open_storage, place_of
 from autocompress.search.study import EVALUATION, FINISHED_S
 

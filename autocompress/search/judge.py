@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from autocompress.build import Builder, Tried
 from autocompress.config import Objective
-from autocompress.evaluate import SHARE, Evaluation
+from autocompress.evaluation import SHARE, Evaluation
 from autocompress.recover.autocast import bf16_pays
 from autocompress.search.front import MAXIMISE, objective_values
 from autocompress.search.limits import Figure, Limit, estimated_violations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,7 +11,8 @@ from typing import final
 
 from autocompress.build import Artifact
 from autocompress.errors import ExportError, MeasurementError, PlanError
-from autocompress.evaluate import Evaluation, Evaluator
+from autocompress.evaluate import Evaluator, Measured
+from autocompress.evaluation import Evaluation
 from autocompress.plan import Plan, file_of
 from autocompress.search.columns import REFERENCES
 from autocompress.search.prepare import Prepared
@@ -23,6 +25,8 @@ _JUDGING_STEPS = ("metric", "latency", "memory", "energy", "code")
 _MARGIN = 1.1
 # Sampling of a final measurement takes about this share of its limit.
 _USUAL_SHARE = 0.5
+# Containers that are made beside what is measured; each takes a process.
+_MOST_UNCODED = 4
 # A process of its own must start.
 _START_S = 2.0
 
@@ -53,6 +57,7 @@ class Judging:
     ) -> None:
         self._prepared, self._evaluator, self._device = prepared, evaluator, device
         self._judged, self._remaining_s, self._progress = judged, remaining_s, progress
+        self._uncoded: deque[Measured] = deque()
 
     def one_final_s(self, searched: Sequence[Evaluation]) -> float:
         """About how long one finalist takes: as those before, or guessed from the search's own."""
@@ -75,11 +80,21 @@ class Judging:
         """
         done = {e.candidate for e in self._judged}
         self._progress.stage("judge finalists", len(finalists))
-        for finalist in finalists:
-            if finalist.candidate not in done and not self._too_late(finalist):
-                self._judge_one(finalist)
+        try:
+            for finalist in finalists:
+                if finalist.candidate not in done and not self._too_late(finalist):
+                    self._judge_one(finalist)
+                    show()
+                self._progress.advance()
+            if self._uncoded:
+                self._progress.stage("code finalists", len(self._uncoded))
+                while self._uncoded:
+                    self._add_code()
+                    self._progress.advance()
                 show()
-            self._progress.advance()
+        finally:
+            for measured in self._uncoded:
+                measured.cancel()
         self._decide(finalists, show)
 
     def _decide(self, finalists: Sequence[Evaluation], show: Callable[[], object]) -> None:
@@ -142,17 +157,36 @@ class Judging:
         return any(e.plan for e in self._judged)
 
     def _judge_one(self, finalist: Evaluation) -> None:
+        """Measure a finalist while containers are made beside it: its own and earlier ones."""
         try:
             artifact, plan = self._file_of(finalist), _plan_of(finalist)
-            found = self._device.submit(
-                self._evaluator.measure, artifact, plan, finalist.runtime, "test", final=True
-            ).result()
+            measured = self._device.submit(
+                self._evaluator.measure_uncoded,
+                artifact, plan, finalist.runtime, "test", final=True,
+            ).result()  # fmt: skip
         except (MeasurementError, ExportError, PlanError) as reason:
-            # It stays a candidate with the figures of the search.
-            self._progress.note(f"finalist {finalist.candidate} failed: {reason}")
+            self._tell(finalist, reason)
+            return
+        self._judged.append(measured.evaluation)
+        self._uncoded.append(measured)
+        while len(self._uncoded) > _MOST_UNCODED:
+            self._add_code()
+
+    def _add_code(self) -> None:
+        """Wait for the oldest container; only with its size are a finalist's figures kept."""
+        measured = self._uncoded.popleft()
+        index = self._judged.index(measured.evaluation)
+        try:
+            found = self._evaluator.with_code(measured)
+        except ExportError as reason:
+            self._tell(self._judged.pop(index), reason)
             return
         self._prepared.folder.save_evaluation(found)
-        self._judged.append(found)
+        self._judged[index] = found
+
+    def _tell(self, finalist: Evaluation, reason: Exception) -> None:
+        # It stays a candidate with the figures of the search.
+        self._progress.note(f"finalist {finalist.candidate} failed: {reason}")
 
     def _file_of(self, evaluation: Evaluation) -> Artifact:
         """A candidate's file, built again if it is gone."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from autocompress.config import Objective
 from autocompress.errors import PlanError, RunFolderError
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.files import write_json, write_whole
 from autocompress.plan import Decision, Plan
 from autocompress.search.costs.corrected import CorrectedCost, CorrectionSettings

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, cast, final, get_args
 
 from autocompress.errors import ConfigError
-from autocompress.evaluate import SHARE, Evaluation
+from autocompress.evaluation import SHARE, Evaluation
 
 Figure = Literal[
     "metric", "drop", "latency_ms", "speedup", "energy_mj", "file_bytes", "download_bytes",

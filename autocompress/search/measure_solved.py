@@ -8,7 +8,8 @@ from pathlib import Path
 from autocompress.build import BASELINE
 from autocompress.config import Experiment, read_yaml, validate
 from autocompress.errors import RunFolderError
-from autocompress.evaluate import Evaluation, Evaluator, Extras
+from autocompress.evaluate import Evaluator, Extras
+from autocompress.evaluation import Evaluation
 from autocompress.files import write_json
 from autocompress.search.kept_models import read_source
 from autocompress.search.paying_levels import keep_paying_levels

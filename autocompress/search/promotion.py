@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.config import Objective
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.pareto import hypervolume, non_dominated
 from autocompress.search.front import MAXIMISE, objective_values
 from autocompress.search.judge import Interval, Judgement, is_dominated

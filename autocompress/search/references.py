@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from autocompress.build import Artifact
 from autocompress.errors import ExportError, MeasurementError
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.plan import Plan, candidate_name
 from autocompress.search.columns import ORIGINAL, STOCK_INT8
 from autocompress.search.context import SearchContext

@@ -15,7 +15,8 @@ from optuna.trial import FrozenTrial
 
 from autocompress.device import DeviceProfile
 from autocompress.errors import SearchError
-from autocompress.evaluate import Evaluation, Evaluator, Extras
+from autocompress.evaluate import Evaluator, Extras
+from autocompress.evaluation import Evaluation
 from autocompress.files import write_json
 from autocompress.measure.host import host_of
 from autocompress.measure.host_interface import Host

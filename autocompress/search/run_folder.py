@@ -16,7 +16,7 @@ import yaml
 from autocompress.config import Experiment, SearchSpace
 from autocompress.device import DeviceProfile, Fingerprint
 from autocompress.errors import RunFolderError
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.files import write_json, write_whole
 from autocompress.plan import Plan
 

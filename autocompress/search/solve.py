@@ -10,7 +10,7 @@ from typing import Any, final
 
 from autocompress.config import Objective
 from autocompress.errors import ConfigError, RunFolderError, SearchError
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.measure.measurement import Measurement
 from autocompress.plan import Plan, candidate_name, file_of
 from autocompress.search.columns import ORIGINAL, STOCK_INT8

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
-from autocompress.evaluate import SHARE, Evaluation
+from autocompress.evaluation import SHARE, Evaluation
 from autocompress.measure.measurement import Measurement
 from autocompress.search.judge import Interval
 from autocompress.search.solve_limits import Limits

@@ -11,7 +11,7 @@ from typing import final
 from autocompress.build import Builder
 from autocompress.config import Objective
 from autocompress.errors import ExportError, MeasurementError
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.files import write_json
 from autocompress.measure.arrays import read_arrays
 from autocompress.measure.client import Worker

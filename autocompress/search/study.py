@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from autocompress.config import Objective, Sampler
 from autocompress.device import DeviceProfile
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.plan import Plan, candidate_name
 from autocompress.search.front import MAXIMISE, front_mask, objective_values
 from autocompress.search.record import JudgedLog, TrialRecord

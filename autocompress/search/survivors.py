@@ -24,7 +24,7 @@ from autocompress.errors import (
     PlanError,
     WorkloadError,
 )
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.plan import Plan, Step
 from autocompress.search.front import front_mask, objective_values
 from autocompress.search.promotion import FrontGain

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import final
 
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.files import write_json
 from autocompress.plan import Plan, candidate_name
 from autocompress.recover import Watch

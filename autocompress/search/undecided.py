@@ -16,7 +16,7 @@ import numpy as np
 
 from autocompress.config import Objective
 from autocompress.device import DeviceProfile
-from autocompress.evaluate import Evaluation, Repeat
+from autocompress.evaluation import Evaluation, Repeat
 from autocompress.measure.measurement import Measurement
 from autocompress.measure.statistics import PLACEMENT
 from autocompress.pareto import undecided_pairs

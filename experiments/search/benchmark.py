@@ -39,7 +39,7 @@ from autocompress.config import Sampler, load_experiment, read_yaml  # noqa: E40
 from autocompress.device import DeviceProfile, load_profile, usable_cores  # noqa: E402
 from autocompress.device.facts import cpu_facts  # noqa: E402
 from autocompress.errors import ConfigError  # noqa: E402
-from autocompress.evaluate import Evaluation  # noqa: E402
+from autocompress.evaluation import Evaluation  # noqa: E402
 from autocompress.export.coding import encode_file  # noqa: E402
 from autocompress.export.torch_export import export_graph  # noqa: E402
 from autocompress.files import user_cache, write_json, write_whole  # noqa: E402

@@ -19,7 +19,7 @@ from residual import Architecture, ResidualNetwork
 from autocompress.bank import Bank
 from autocompress.config import CalibrationSettings, load_search_space
 from autocompress.device import load_profile
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.graph import trace
 from autocompress.measure.measurement import Measurement
 from autocompress.search.costs.latency import macs_costs

@@ -28,7 +28,8 @@ from autocompress.build import Builder  # noqa: E402
 from autocompress.config import CalibrationSettings  # noqa: E402
 from autocompress.device import DeviceProfile, load_profile  # noqa: E402
 from autocompress.errors import AutocompressError  # noqa: E402
-from autocompress.evaluate import Evaluation, Evaluator  # noqa: E402
+from autocompress.evaluate import Evaluator  # noqa: E402
+from autocompress.evaluation import Evaluation  # noqa: E402
 from autocompress.export import Exporter  # noqa: E402
 from autocompress.files import write_json  # noqa: E402
 from autocompress.graph import NetworkGraph, trace  # noqa: E402

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.measure.measurement import Measurement
 from autocompress.plan import Plan
 

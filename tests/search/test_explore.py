@@ -18,7 +18,8 @@ from torch import nn
 from autocompress.build import Tried
 from autocompress.device import load_profile
 from autocompress.errors import DeviceError, MeasurementError, PlanError, SearchError
-from autocompress.evaluate import Device, Evaluation
+from autocompress.evaluate import Device
+from autocompress.evaluation import Evaluation
 from autocompress.measure.host import host_of
 from autocompress.plan import Plan
 from autocompress.search.agenda import Agenda, Outcome

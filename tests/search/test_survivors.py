@@ -11,7 +11,7 @@ import pytest
 
 from autocompress.device import load_profile
 from autocompress.errors import ExportError, MeasurementError, OutOfTimeError
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.plan import Decision, Plan, Step
 from autocompress.search.progress import Silent
 from autocompress.search.space import Parameter, Space

@@ -4,6 +4,7 @@ import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autocompress.device import load_profile
-from autocompress.errors import MeasurementError
-from autocompress.evaluate import Evaluation, Repeat
+from autocompress.errors import ExportError, MeasurementError
+from autocompress.evaluate import Measured
+from autocompress.evaluation import Evaluation, Repeat
 from autocompress.measure.measurement import Measurement
 from autocompress.measure.statistics import PLACEMENT
 from autocompress.search.front import front_mask, undoubted_front_mask
@@ -255,20 +257,34 @@ class Notes:
 
 
 class StubEvaluator:
-    """Measures true speeds; `fails` names candidates that cannot be measured again."""
+    """Measures true speeds.
 
-    def __init__(self, finalists, true, fails=(), killed_after=math.inf):
+    `fails` names candidates that cannot be measured again, `not_coded` those that cannot be coded.
+    """
+
+    def __init__(self, finalists, true, fails=(), killed_after=math.inf, not_coded=()):
         self._finalists = {e.artifact: e for e in finalists}
         self._true, self._fails, self._killed_after = true, fails, killed_after
-        self.calls = []
+        self._not_coded = not_coded
+        self.calls, self.uncoded, self.most_uncoded, self.cancelled = [], 0, 0, []
 
-    def measure(self, artifact, plan, runtime, split, *, final):
+    def measure_uncoded(self, artifact, plan, runtime, split, *, final):
         found = self._finalists[f"artifacts/{artifact.path.name}"]
         speed = figure(self._true[found.candidate], 0.004)
         # The test split's metric is another one, and must not decide.
         metric = replace(found.metric, value=0.5)
         seconds = {"latency": 4.0, "metric": 2.0}
-        return replace(found, split=split, speedup=speed, metric=metric, seconds=seconds)
+        found = replace(found, split=split, speedup=speed, metric=metric, seconds=seconds)
+        self.uncoded += 1
+        self.most_uncoded = max(self.uncoded, self.most_uncoded)
+        cancel = partial(self.cancelled.append, found.candidate)
+        return Measured(found, SimpleNamespace(cancel=cancel))
+
+    def with_code(self, measured):
+        self.uncoded -= 1
+        if measured.evaluation.candidate in self._not_coded:
+            raise ExportError("The file cannot be coded.")
+        return replace(measured.evaluation, download_bytes=7)
 
     def measure_again(self, evaluation):
         if len(self.calls) >= self._killed_after:
@@ -292,7 +308,7 @@ class Bench:
         kept = [self.folder.evaluation(e.candidate, "test") for e in finalists]
         self.judged = [e for e in kept if e is not None]
 
-    def judge(self, remaining_s=lambda: 1e9):
+    def judge(self, remaining_s=lambda: 1e9, show=lambda: None):
         prepared = SimpleNamespace(
             profile=CPU,
             folder=self.folder,
@@ -301,7 +317,7 @@ class Bench:
         )
         with ThreadPoolExecutor(1) as device:
             Judging(prepared, self.evaluator, device, self.judged, remaining_s, self.notes).judge(
-                self.finalists, lambda: None
+                self.finalists, show
             )
         return {e.candidate: e for e in self.judged}
 
@@ -332,7 +348,7 @@ def test_nothing_is_measured_again_where_all_is_clear(tmp_path, finalists):
     bench = Bench(tmp_path, finalists, {"a": 2.0, "b": 3.0, "c": 4.0})
     bench.judge()
     assert bench.evaluator.calls == []
-    assert bench.notes.stages == ["judge finalists"]
+    assert "measure close points again" not in bench.notes.stages
 
 
 def test_what_cannot_be_told_apart_ends_at_the_floor_and_is_said(tmp_path, finalists):
@@ -385,3 +401,31 @@ def test_a_point_that_fails_is_left_alone(tmp_path, finalists):
     assert bench.evaluator.calls.count("b") >= 1
     assert not judged["a"].repeats
     assert "a could not be measured again" in bench.notes.texts[0]
+
+
+# Containers that are made beside
+
+
+def test_figures_are_kept_once_their_containers_are_made(tmp_path, make_evaluation):
+    finalists = [make_evaluation(f"c{i}", 0.95 - i / 100, 2.0 + i) for i in range(8)]
+    true = {e.candidate: e.speedup.value for e in finalists}
+    bench = Bench(tmp_path, finalists, true, not_coded=("c2", "c7"))
+    judged = bench.judge()
+    assert list(judged) == ["c0", "c1", "c3", "c4", "c5", "c6"]
+    assert all(e.download_bytes == 7 for e in judged.values())
+    assert bench.evaluator.uncoded == 0 and bench.evaluator.most_uncoded == 5
+    assert bench.folder.evaluation("c7", "test") is None
+    assert bench.folder.evaluation("c6", "test") == judged["c6"]
+    assert [text.split()[1] for text in bench.notes.texts] == ["c2", "c7"]
+    assert not bench.evaluator.cancelled
+
+
+def test_codings_end_with_a_judging_that_is_broken_off(tmp_path, finalists):
+    bench = Bench(tmp_path, finalists, {"a": 2.0, "b": 3.0, "c": 4.0})
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.judge(show=interrupted)
+    assert bench.evaluator.cancelled == ["a"]

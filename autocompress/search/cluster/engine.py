@@ -14,7 +14,7 @@ from typing import final
 import ray
 
 from autocompress.build import BASELINE
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.files import write_json
 from autocompress.search.agenda import Agenda
 from autocompress.search.cluster.artifacts import Location

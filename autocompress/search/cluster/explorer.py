@@ -19,7 +19,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.search.agenda import Agenda, Task
 from autocompress.search.cluster.candidate import (
     BROKEN,

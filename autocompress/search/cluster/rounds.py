@@ -14,7 +14,7 @@ import ray
 from ray import tune
 
 from autocompress.errors import OutOfTimeError
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.plan import Plan
 from autocompress.recover import Watch
 from autocompress.search.cluster.candidate import BROKEN, FAILURE, FIGURES, NODE, SharedReference

@@ -28,7 +28,8 @@ from autocompress.build import BASELINE, Builder, Stopwatch
 from autocompress.config import CalibrationSettings
 from autocompress.device import DeviceProfile
 from autocompress.errors import AutocompressError, DeviceError, SearchError
-from autocompress.evaluate import Device, Evaluation, Evaluator, Extras
+from autocompress.evaluate import Device, Evaluator, Extras
+from autocompress.evaluation import Evaluation
 from autocompress.export import Exporter
 from autocompress.graph import NetworkGraph
 from autocompress.plan import Plan

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 from autocompress.config import Objective
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.search.costs.corrected import CorrectedCost
 from autocompress.search.costs.factored import FactoredSum, Indices
 from autocompress.search.judge import Interval

@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
 
 from autocompress.errors import ConfigError, DeviceError
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.search.cluster import connect
 from autocompress.search.history import read_history
 from autocompress.search.prepare import Options

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autocompress.evaluate import Evaluation
+from autocompress.evaluation import Evaluation
 from autocompress.measure.measurement import Measurement
 from autocompress.search.costs.corrected import CorrectedCost
 from autocompress.search.costs.factored import Factor, FactoredSum
