@@ -9,8 +9,8 @@ from typing import final
 from autocompress.bank import Bank
 from autocompress.build import Artifact
 from autocompress.config import Objective, SearchSettings
-from autocompress.evaluate import Evaluator
-from autocompress.evaluation import Evaluation, SplitName
+from autocompress.evaluate import Evaluator, Measured
+from autocompress.evaluation import Evaluation
 from autocompress.plan import Plan
 from autocompress.search.budget import Budget
 from autocompress.search.prepare import Prepared
@@ -54,10 +54,14 @@ class SearchContext:
         """Full names of the device's runtimes; the first one's original is the baseline."""
         return self.prepared.profile.runtime_names
 
-    def measure(
-        self, artifact: Artifact, plan: Plan, runtime: str, split: SplitName, *, final: bool
-    ) -> Future[Evaluation]:
-        """Hand a file to the device; see `Evaluator.measure`."""
+    def measure(self, artifact: Artifact, plan: Plan, runtime: str) -> Future[Evaluation]:
+        """Hand a file to the device, on the search split; see `Evaluator.measure`."""
         return self.device.submit(
-            self.evaluator.measure, artifact, plan, runtime, split, final=final
+            self.evaluator.measure, artifact, plan, runtime, "search", final=False
+        )
+
+    def measure_uncoded(self, artifact: Artifact, plan: Plan, runtime: str) -> Future[Measured]:
+        """As `measure`, but see `Evaluator.measure_uncoded`."""
+        return self.device.submit(
+            self.evaluator.measure_uncoded, artifact, plan, runtime, "search", final=False
         )

@@ -118,9 +118,7 @@ class Explorer:
             # Whatever one plan does to PyTorch must not end a search of hours.
             self._agenda.failed(task, reason_of(cause), cause)
             return
-        future = self._context.measure(
-            artifact, proposal.plan, proposal.runtime, "search", final=False
-        )
+        future = self._context.measure(artifact, proposal.plan, proposal.runtime)
         self._under_way.append(_UnderWay(task, future))
 
     def _wait(self) -> None:

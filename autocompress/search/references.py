@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from autocompress.build import Artifact
 from autocompress.errors import ExportError, MeasurementError
+from autocompress.evaluate import Measured
 from autocompress.evaluation import Evaluation
 from autocompress.plan import Plan, candidate_name
 from autocompress.search.columns import ORIGINAL, STOCK_INT8
@@ -31,29 +34,61 @@ def measure_references(context: SearchContext) -> list[Evaluation]:
     wanted = [(ORIGINAL, first), (STOCK_INT8, first), *((ORIGINAL, name) for name in others)]
     context.progress.stage("reference points", len(wanted))
     built: dict[str, Artifact] = {}
-    found: list[Evaluation] = []
-    for file, runtime in wanted:
-        name = candidate_name(file, runtime, first)
-        known = context.folder.evaluation(name, "search")
-        if known is None:
-            try:
-                if file not in built:
-                    built[file] = _build(context, file)
-                known = context.measure(
-                    built[file], Plan(), runtime, "search", final=False
-                ).result()
-            except (ExportError, MeasurementError) as reason:
-                if name == ORIGINAL:
-                    raise
-                # What another tool or runtime fails at must not end the search.
-                context.progress.note(f"no reference point {name}: {reason}")
-                continue
-            context.folder.save_evaluation(known)
-        if known.details.get("ranges") == "dynamic":
-            context.progress.note(_DYNAMIC)
-        found.append(known)
+    found: dict[str, Evaluation] = {}
+    uncoded: list[Measured] = []
+    try:
+        for file, runtime in wanted:
+            name = candidate_name(file, runtime, first)
+            known = context.folder.evaluation(name, "search")
+            if known is not None:
+                found[name] = known
+            else:
+                try:
+                    if file not in built:
+                        built[file] = _build(context, file)
+                    measured = context.measure_uncoded(built[file], Plan(), runtime).result()
+                    found[name] = measured.evaluation
+                    uncoded.append(measured)
+                except (ExportError, MeasurementError) as reason:
+                    _tell(context, name, reason)
+                    continue
+            context.progress.advance()
+        _add_code(context, uncoded, found)
+    finally:
+        for measured in uncoded:
+            measured.cancel()
+    if any(e.details.get("ranges") == "dynamic" for e in found.values()):
+        context.progress.note(_DYNAMIC)
+    return list(found.values())
+
+
+def _add_code(
+    context: SearchContext, uncoded: Sequence[Measured], found: dict[str, Evaluation]
+) -> None:
+    """Wait for the containers, which were begun beside the measurements; keep what is whole."""
+    if any(measured.coding for measured in uncoded):
+        context.progress.stage("code reference points", len(uncoded))
+    for measured in uncoded:
+        name = measured.evaluation.candidate
+        try:
+            found[name] = context.evaluator.with_code(measured)
+        except ExportError as reason:
+            del found[name]
+            _tell(context, name, reason)
+            continue
+        context.folder.save_evaluation(found[name])
         context.progress.advance()
-    return found
+
+
+def _tell(context: SearchContext, name: str, reason: Exception) -> None:
+    """What another tool or runtime fails at must not end the search; the original's failure does.
+
+    Raises:
+        ExportError: `reason`, for the original; or `MeasurementError`.
+    """
+    if name == ORIGINAL:
+        raise reason
+    context.progress.note(f"no reference point {name}: {reason}")
 
 
 def _build(context: SearchContext, file: str) -> Artifact:

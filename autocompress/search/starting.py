@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from autocompress.build import Builder
 from autocompress.config import Objective
 from autocompress.errors import ExportError, MeasurementError
 from autocompress.evaluation import Evaluation
+from autocompress.export.coding.estimate import estimate_bytes
 from autocompress.files import write_json
 from autocompress.measure.arrays import read_arrays
 from autocompress.measure.client import Worker
@@ -191,7 +191,7 @@ class Start:
 
 
 def find_bits(context: SearchContext, original: Evaluation) -> dict[Decision | None, float]:
-    """Coded bits of a weight by what it is quantized to, from one coded file for each.
+    """Coded bits of a weight by what it is quantized to, estimated from one file for each.
 
     Empty if nobody asks for coded bytes. The key None is for float weights.
 
@@ -208,8 +208,7 @@ def find_bits(context: SearchContext, original: Evaluation) -> dict[Decision | N
         if parameter.stage is Stage.QUANTIZE and parameter.target != NETWORK:
             for index, decision in enumerate(parameter.decisions, 1):
                 offered.setdefault(decision, {})[parameter.name] = index
-    jobs = []
-    cores = os.sched_getaffinity(0)
+    rest = sum(weights.values())
     for decision, indices in offered.items():
         plan = context.prepared.space.plan(indices)
         try:
@@ -218,11 +217,7 @@ def find_bits(context: SearchContext, original: Evaluation) -> dict[Decision | N
             # Then no plan with it can be measured either.
             continue
         own = sum(weights[step.target] for step in plan.steps if step.decision == decision)
-        coding = context.evaluator.builder.start_coding(model, cores, checked=False)
-        jobs.append((decision, own, coding))
-    rest = sum(weights.values())
-    for decision, own, coding in jobs:
-        coded = 8 * coding.wait() - floating * (rest - own)
+        coded = 8 * estimate_bytes(model.read_bytes(), floating) - floating * (rest - own)
         found[decision] = max(coded / max(own, 1), 0.0)
     return found
 

@@ -118,7 +118,7 @@ class SurvivorTraining:
             return known
         watch = Watch(stop=lambda: context.budget.spent_s > self._deadline_s)
         artifact = context.evaluator.artifact(plan, None, watch)
-        evaluation = context.measure(artifact, plan, runtime, "search", final=False).result()
+        evaluation = context.measure(artifact, plan, runtime).result()
         context.folder.save_plan(plan)
         context.folder.save_seconds_spent(context.budget.spent_s)
         self._study.keep_trained(evaluation, context.budget.spent_s)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import final
 
@@ -39,26 +40,28 @@ class Coding:
     def __init__(
         self, source: Path, target: Path, cores: Collection[int], *, checked: bool
     ) -> None:
-        self._source, self._target = source, target
+        self._source, self._target, self._cores = source, target, cores
         self._child: subprocess.Popen[str] | None = None
         if checked or not target.is_file():
-            places = ",".join(map(str, sorted(cores)))
             mode = "checked" if checked else "unchecked"
-            arguments = [str(source), str(target), places, mode]
             self._child = subprocess.Popen(
-                [sys.executable, "-m", _MODULE, *arguments],
+                [sys.executable, "-m", _MODULE, str(source), str(target), mode],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
             )
+            _move(self._child.pid, cores)
 
     def wait(self) -> int:
         """The container's size in bytes.
+
+        Meanwhile the process may also run where the waiting thread may: it measures nothing.
 
         Raises:
             ExportError: the file cannot be coded.
         """
         if self._child is not None:
+            _move(self._child.pid, {*self._cores, *os.sched_getaffinity(0)})
             _, complaint = self._child.communicate()
             if self._child.returncode:
                 lines = complaint.strip().splitlines() or [f"exit code {self._child.returncode}"]
@@ -72,13 +75,18 @@ class Coding:
             self._child.communicate()
 
 
-def main(source: Path, target: Path, cores: Collection[int], *, checked: bool) -> None:
+def _move(process: int, cores: Collection[int]) -> None:
+    """Let a process run on other cores, if it has not ended."""
+    with suppress(ProcessLookupError):
+        os.sched_setaffinity(process, cores)
+
+
+def main(source: Path, target: Path, *, checked: bool) -> None:
     """What the process does.
 
     Raises:
         ExportError: the file cannot be coded.
     """
-    os.sched_setaffinity(0, cores)
     kept = KeptTensors(target.parent / _KEPT)
     if checked:
         encode_file(source, target, kept)
@@ -88,9 +96,8 @@ def main(source: Path, target: Path, cores: Collection[int], *, checked: bool) -
 
 
 if __name__ == "__main__":
-    first, second, places, mode = sys.argv[1:]
+    first, second, mode = sys.argv[1:]
     try:
-        numbers = {int(core) for core in places.split(",")}
-        main(Path(first), Path(second), numbers, checked=mode == "checked")
+        main(Path(first), Path(second), checked=mode == "checked")
     except ExportError as error:
         sys.exit(str(error))
