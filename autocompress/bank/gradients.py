@@ -16,6 +16,7 @@ from autocompress.bank.statistics import unfold_inputs
 from autocompress.errors import WorkloadError
 from autocompress.graph import Layer
 from autocompress.graph.layers import flatten_outputs
+from autocompress.graph.plain import plain_input
 from autocompress.techniques.technique import LayerGradients
 
 _BATCH = 32
@@ -65,7 +66,8 @@ def collect_gradients(
     def probed(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             # A copy: what the network does to its input in place must not reach it.
-            call = _Call(args[0].detach().clone(), torch.zeros_like(output, requires_grad=True))
+            inputs = plain_input(module, args[0].detach(), output.detach()).clone()
+            call = _Call(inputs, torch.zeros_like(output, requires_grad=True))
             calls.setdefault(name, []).append(call)
             return output + call.probe
 

@@ -82,7 +82,7 @@ def _call_fault(module: nn.Module, args: Any, kwargs: Any, output: Any) -> str:
     kind: Any = base_type(module)
     if kwargs or len(args) != 1 or not isinstance(output, Tensor):
         return f"it is called otherwise than a {kind.__name__}, with one tensor that gives one"
-    if not any(_overrides(module, kind, name) for name in ("forward", "_conv_forward")):
+    if not _computes_itself(module):
         return ""
     try:
         plain = _plain_output(module, args[0])
@@ -96,6 +96,11 @@ def _call_fault(module: nn.Module, args: Any, kwargs: Any, output: Any) -> str:
     if not torch.allclose(plain, output, rtol=_RELATIVE, atol=_ABSOLUTE):
         return _foreign(module, "its outputs differ")
     return ""
+
+
+def _computes_itself(module: nn.Module) -> bool:
+    kind = base_type(module)
+    return any(_overrides(module, kind, name) for name in ("forward", "_conv_forward"))
 
 
 def _overrides(module: nn.Module, kind: type[nn.Module], name: str) -> bool:
@@ -143,6 +148,15 @@ def own_padding(module: Any, x: Tensor, output: Tensor) -> tuple[int, ...] | Non
         ):
             return tuple(sides)
     return None
+
+
+def plain_input(module: Any, x: Tensor, output: Tensor) -> Tensor:
+    """The input that a plain layer of the same settings makes the output of.
+
+    A padded one, where a convolution pads by itself.
+    """
+    sides = own_padding(module, x, output) if _computes_itself(module) else None
+    return x if sides is None else F.pad(x, sides)
 
 
 def _foreign(module: nn.Module, how: str) -> str:

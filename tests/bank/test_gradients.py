@@ -126,6 +126,13 @@ def embedded(m: nn.Module, x: Tensor) -> Tensor:
     return m.head(torch.tanh(m.a(m.table(x))).mean(1))
 
 
+class PadsItself(nn.Conv2d):
+    """As networks from TensorFlow do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
 NETWORKS: dict[str, tuple[Callable[..., Tensor], dict[str, Callable[[], nn.Module]], Any]] = {
     "tokens": (
         tokens, {"up": lambda: nn.Linear(5, 7), "head": lambda: nn.Linear(7, 3)}, (6, 5)
@@ -135,6 +142,15 @@ NETWORKS: dict[str, tuple[Callable[..., Tensor], dict[str, Callable[[], nn.Modul
         {
             "a": lambda: nn.Conv2d(2, 4, 3, stride=2, padding=1, bias=False),
             "b": lambda: nn.Conv2d(4, 5, (1, 3), dilation=2, padding=2),
+            "head": lambda: nn.Linear(5, 3),
+        },
+        (2, 6, 6),
+    ),
+    "own_padding": (
+        images,
+        {
+            "a": lambda: PadsItself(2, 4, 3, stride=2),
+            "b": lambda: PadsItself(4, 5, 3),
             "head": lambda: nn.Linear(5, 3),
         },
         (2, 6, 6),
