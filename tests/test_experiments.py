@@ -4,6 +4,7 @@ import gzip
 import importlib
 import io
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -47,6 +48,15 @@ def test_experiment_files_are_valid_and_name_existing_workloads(path):
     experiment = load_experiment(path)
     assert experiment.name == path.stem
     assert (EXPERIMENTS / experiment.workload.split(":")[0]).is_file()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(EXPERIMENTS.glob("*/*.py")), ids=lambda p: f"{p.parent.name}/{p.stem}"
+)
+def test_scripts_find_what_they_import(path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+    # Not as `__main__`: nothing is run.
+    runpy.run_path(str(path), run_name="imported")
 
 
 # --- digits

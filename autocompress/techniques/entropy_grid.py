@@ -24,11 +24,14 @@ from autocompress.techniques.codebook import feedback_for
 from autocompress.techniques.rounding import (
     Feedback,
     fitted_ratio,
+    output_error,
     round_with_feedback,
 )
 from autocompress.techniques.technique import (
     IntegerWeight,
+    LayerGradients,
     LayerProblem,
+    LayerStatistics,
     LayerTechnique,
     Stage,
     Variant,
@@ -38,8 +41,10 @@ from autocompress.techniques.technique import (
 _LARGEST = 127
 # Twice the loss in nats, times 12, that rounding a weight at a step of 1 is expected to cost.
 _UNIT_LOSS = 1e-6
-# The noise in a layer's output, as a share of its energy, at a step of 1 if no gradients are known.
-_UNIT_NOISE = 0.02
+# Noise in a layer's output, as a share of its energy, that may cost as much: where a network is
+# sure of its outputs, gradients vanish, and say nothing of changes that are not small.
+_UNIT_NOISE = 0.05
+_LEAST_NOISE = 1e-30
 # Few samples cannot tell a row without influence from one that was not needed yet.
 _SMALLEST_SHARE = 0.02
 # Wider steps, as shares of a row's largest weight, would only cost digits.
@@ -53,8 +58,9 @@ class EntropyGrid(Decision):
     """Round a layer's weights to integers that take few bits once they are coded.
 
     Attributes:
-        step: of 1 costs an expected 4e-8 nats of the network's log-likelihood per weight, and
-            goes with the square; 0 leaves the layer as it is.
+        step: of 1 costs an expected 4e-8 nats of the network's log-likelihood per weight or 5 %
+            of the energy of the layer's output, or part of both, and that goes with the square; 0
+            leaves the layer as it is.
         rate_weight: how much bits count in the rounding; 1 is the slope of the high-rate theory,
             0 rounds to the nearest. Small values are best, since later columns pay for zeros.
     """
@@ -78,20 +84,25 @@ def steps(problem: LayerProblem, feedback: Feedback) -> Tensor:
     The loss of a row is half its curvature times the error of its output, e H eᵀ, and rounding
     with feedback leaves `step² / 12` times the mean pivot per weight. A row's curvature is the
     quotient of Fisher information and input power, as in a Kronecker-factored approximation
-    (Martens & Grosse 2015), drawn half-way to the layer's, for it is noisy.
+    (Martens & Grosse 2015), drawn half-way to the layer's, for it is noisy. To it comes one that
+    is the same for all rows, by which a share of the output's energy costs as much in all layers.
     """
     pivot = feedback.pivots.double().mean()
     weight = problem.weight.double()
-    if problem.gradients is None or problem.statistics is None:
-        moved = weight[:, feedback.order] @ feedback.factor.double()
-        energy = moved.square().sum(1).mean()
-        noise = 12 * _UNIT_NOISE * energy / weight.shape[1]
-        return (noise / pivot).sqrt().float().expand(len(weight), 1)
-    fisher = problem.gradients.fisher.double().sum(1)
-    curvature = fisher / problem.statistics.moment.diagonal().sum().clamp(min=1e-30)
-    layer = curvature.mean().clamp(min=1e-30)
-    curvature = ((curvature + _SMALLEST_SHARE * layer) * layer).sqrt()
+    energy = output_error(problem.weight, feedback).double().mean()
+    noise = 12 * _UNIT_NOISE * energy / weight.shape[1]
+    curvature = (_UNIT_LOSS / noise.clamp(min=_LEAST_NOISE)).expand(len(weight))
+    if problem.gradients is not None and problem.statistics is not None:
+        curvature = curvature + _fisher_curvature(problem.gradients, problem.statistics)
     return (_UNIT_LOSS / (curvature * pivot)).sqrt().float()[:, None]
+
+
+def _fisher_curvature(gradients: LayerGradients, statistics: LayerStatistics) -> Tensor:
+    """Of every row, shape (out,)."""
+    fisher = gradients.fisher.double().sum(1)
+    curvature = fisher / statistics.moment.diagonal().sum().clamp(min=1e-30)
+    layer = curvature.mean().clamp(min=1e-30)
+    return ((curvature + _SMALLEST_SHARE * layer) * layer).sqrt()
 
 
 def _solve(problem: LayerProblem, decision: Decision) -> Variant:

@@ -34,7 +34,7 @@ from autocompress.export import Exporter  # noqa: E402
 from autocompress.files import write_json  # noqa: E402
 from autocompress.graph import NetworkGraph, trace  # noqa: E402
 from autocompress.plan import Decision, Plan, Step, make_decision  # noqa: E402
-from autocompress.search.prepare import shuffle_calibration  # noqa: E402
+from autocompress.search.arrange import arranged  # noqa: E402
 from autocompress.techniques import (  # noqa: E402
     NETWORK,
     BlockTechnique,
@@ -124,7 +124,7 @@ class Bench:
     """Measures rows in one folder, each once."""
 
     def __init__(self, folder: Path) -> None:
-        workload = shuffle_calibration(load_workload())
+        workload = arranged(load_workload())
         self._device = load_profile(EXAMPLE_DEVICE)
         self._graph = trace(workload.network, workload.example_inputs)
         parity = tuple(x[:8] for x in workload.calibration.inputs)

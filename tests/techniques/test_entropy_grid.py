@@ -63,15 +63,28 @@ def test_the_expected_loss_of_a_step_is_what_the_decision_says() -> None:
     assert 0.5 * 4e-8 * step**2 < loss < 1.1 * 4.2e-8 * step**2
 
 
+def curvature_of(known: LayerProblem) -> Tensor:
+    """What gradients add to the curvature that steps follow, in units of the rest's."""
+    feedback = feedback_for(known, 1)
+    rest = steps(replace(known, gradients=None), feedback)
+    return (rest / steps(known, feedback)).square()[:, 0] - 1
+
+
 def test_steps_follow_the_curvature_of_layers_and_half_way_that_of_rows() -> None:
-    feedback = feedback_for(problem(1), 1)
-    plain = steps(problem(1), feedback)
-    sharp = steps(problem(1, curvature=torch.full((12,), 4e-6)), feedback)
-    torch.testing.assert_close(sharp, plain / 2)
+    plain = curvature_of(problem(1))
+    sharp = curvature_of(problem(1, curvature=torch.full((12,), 4e-6)))
+    torch.testing.assert_close(sharp, 4 * plain, rtol=1e-3, atol=0)
     rise = torch.full((12,), 1e-6)
     rise[3] = 16e-6
-    mixed = steps(problem(1, curvature=rise), feedback)
-    assert float(mixed[0] / mixed[3]) == pytest.approx(2, rel=0.05)
+    mixed = curvature_of(problem(1, curvature=rise))
+    assert float(mixed[3] / mixed[0]) == pytest.approx(4, rel=0.1)
+
+
+def test_where_gradients_vanish_the_noise_is_bounded() -> None:
+    flat = problem(1, curvature=torch.full((12,), 1e-20))
+    feedback = feedback_for(flat, 1)
+    bound = steps(replace(flat, gradients=None), feedback)
+    torch.testing.assert_close(steps(flat, feedback), bound)
 
 
 def test_without_gradients_the_noise_is_a_share_of_the_outputs_energy() -> None:
@@ -87,7 +100,7 @@ def test_without_gradients_the_noise_is_a_share_of_the_outputs_energy() -> None:
         ordered = known.weight[:, feedback.order]
         energy = float(((ordered @ moment) * ordered).sum(1).mean())
         noise = float(found[0] ** 2 / 12 * feedback.pivots.sum())
-        assert noise == pytest.approx(0.02 * energy, rel=1e-3)
+        assert noise == pytest.approx(0.05 * energy, rel=1e-3)
 
 
 def test_coarser_steps_and_dearer_bits_give_less_entropy() -> None:
