@@ -84,14 +84,16 @@ def steps(problem: LayerProblem, feedback: Feedback) -> Tensor:
     The loss of a row is half its curvature times the error of its output, e H eᵀ, and rounding
     with feedback leaves `step² / 12` times the mean pivot per weight. A row's curvature is the
     quotient of Fisher information and input power, as in a Kronecker-factored approximation
-    (Martens & Grosse 2015), drawn half-way to the layer's, for it is noisy. To it comes one that
-    is the same for all rows, by which a share of the output's energy costs as much in all layers.
+    (Martens & Grosse 2015), drawn half-way to the layer's, for it is noisy. To it comes one by
+    which a share of the output's energy costs as much in all layers: the energy of all rows
+    together, or of each row of a grouped convolution, whose outputs differ much in size.
     """
     pivot = feedback.pivots.double().mean()
-    weight = problem.weight.double()
-    energy = output_error(problem.weight, feedback).double().mean()
-    noise = 12 * _UNIT_NOISE * energy / weight.shape[1]
-    curvature = (_UNIT_LOSS / noise.clamp(min=_LEAST_NOISE)).expand(len(weight))
+    energy = output_error(problem.weight, feedback).double()
+    if problem.layer.groups == 1:
+        energy = energy.mean().expand(len(energy))
+    noise = 12 * _UNIT_NOISE * energy / problem.weight.shape[1]
+    curvature = _UNIT_LOSS / noise.clamp(min=_LEAST_NOISE)
     if problem.gradients is not None and problem.statistics is not None:
         curvature = curvature + _fisher_curvature(problem.gradients, problem.statistics)
     return (_UNIT_LOSS / (curvature * pivot)).sqrt().float()[:, None]

@@ -23,7 +23,7 @@ from autocompress.search.cluster.study_search import FINISHED
 from autocompress.search.cluster.tuning import Race, run_trials
 
 
-class Sleeper(tune.Trainable):
+class Sleeper(tune.Trainable):  # type: ignore[misc]
     """A trial that takes a time and gives a figure."""
 
     def setup(self, config: Mapping[str, Any]) -> None:

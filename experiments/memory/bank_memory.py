@@ -118,8 +118,8 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|---|---|---|"]
     for name, figures in found.items():
         for row in figures["phases"]:
-            cells = (name, row["phase"], f"{row['seconds']:.1f}", _gb(row["peak_bytes"]), "")
-            lines.append(f"| {' | '.join(cells)} |")
+            phase = (name, row["phase"], f"{row['seconds']:.1f}", _gb(row["peak_bytes"]), "")
+            lines.append(f"| {' | '.join(phase)} |")
         millions = f"**{name}**, {figures['parameters'] / 1e6:.0f} million parameters"
         cells = (millions, "all", f"{figures['seconds']:.0f}", _gb(figures["peak_bytes"]))
         lines.append(f"| {' | '.join(cells)} | {_gb(figures['bank_bytes'])} |")

@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -202,8 +202,8 @@ class _Bench:
         return score(self._workload.metric, outputs, split.targets)
 
     def speedup(self, model: Path, *, final: bool = False) -> float:
-        sides = [Subject(path, self._runtime) for path in (self._original, model)]
-        return self._worker.compare(*sides, self._example, final=final, seed=0).speedup
+        original, candidate = (Subject(x, self._runtime) for x in (self._original, model))
+        return self._worker.compare(original, candidate, self._example, final=final, seed=0).speedup
 
     def judge(self, model: Path) -> Judged:
         drop = self._original_test - self.accuracy(model, self._workload.test_split)
@@ -433,18 +433,18 @@ def wanted(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     # Seed by seed, so that slow changes of the machine meet both sides.
     for seed in seeds:
         if "plain" in parts:
-            cells[f"plain-{seed}"] = lambda s=seed: plain_cell(options, f"plain-{s}", s)
+            cells[f"plain-{seed}"] = partial(plain_cell, options, f"plain-{seed}", seed)
         if "ours" in parts:
-            cells[f"ours-{seed}"] = lambda s=seed: ours_cell(options, f"ours-{s}", s)
+            cells[f"ours-{seed}"] = partial(ours_cell, options, f"ours-{seed}", seed)
     if "download" in parts:
         for seed in seeds:
             name = f"download-{seed}"
-            cells[name] = lambda n=name, s=seed: download_cell(options, n, s)
+            cells[name] = partial(download_cell, options, name, seed)
     if "samplers" in parts:
         for seed in seeds:
-            for name in get_args(Sampler):
-                cell = f"{name}_alone-{seed}"
-                cells[cell] = lambda c=cell, s=seed, n=name: sampler_cell(options, c, s, n)
+            for sampler in get_args(Sampler):
+                cell = f"{sampler}_alone-{seed}"
+                cells[cell] = partial(sampler_cell, options, cell, seed, sampler)
     others: dict[str, Callable[[], Any]] = {
         "depth": lambda: depth_cell(options),
         "trial_cost": lambda: trial_cost_cell(options),

@@ -24,15 +24,16 @@ sys.path.insert(0, str(HERE.parent))
 from fashion_mnist import workload as load_workload  # noqa: E402
 
 from autocompress.bank import Bank  # noqa: E402
-from autocompress.build import Builder  # noqa: E402
+from autocompress.build import BASELINE, Builder  # noqa: E402
 from autocompress.config import CalibrationSettings  # noqa: E402
 from autocompress.device import DeviceProfile, load_profile  # noqa: E402
 from autocompress.errors import AutocompressError  # noqa: E402
-from autocompress.evaluate import Evaluator  # noqa: E402
+from autocompress.evaluate import Device, Evaluator, Extras  # noqa: E402
 from autocompress.evaluation import Evaluation  # noqa: E402
 from autocompress.export import Exporter  # noqa: E402
 from autocompress.files import write_json  # noqa: E402
 from autocompress.graph import NetworkGraph, trace  # noqa: E402
+from autocompress.measure.host import host_of  # noqa: E402
 from autocompress.plan import Decision, Plan, Step, make_decision  # noqa: E402
 from autocompress.search.arrange import arranged  # noqa: E402
 from autocompress.techniques import (  # noqa: E402
@@ -133,7 +134,10 @@ class Bench:
         bank = Bank(workload.network, self._graph, self._device.channel_multiple, folder / "bank")
         bank.calibrate(workload.calibration.inputs, settings)
         builder = Builder(workload, exporter, bank, self._device, settings, folder)
-        self.evaluator = Evaluator(workload, builder, self._device, folder, coded=True)
+        self._builder = builder
+        device = Device(self._device, host_of(self._device))
+        extras = Extras(coded=True, energy=False, memory=True)
+        self.evaluator = Evaluator(workload, builder, device, folder, extras)
         self._folder = folder / "rows"
         self._folder.mkdir(exist_ok=True)
 
@@ -159,10 +163,12 @@ class Bench:
         if kept.is_file():
             found = Evaluation.from_dict(json.loads(kept.read_text(encoding="utf-8")))
             same = found.plan == tuple(plan.to_rows())
-            if same and found.latency.device == self.evaluator.device:
+            if same and found.latency.device == self.evaluator.fingerprint.id:
                 return found
-        artifact = self.evaluator.build(plan) if plan.steps else self.evaluator.build_original()
-        found = self.evaluator.measure(name, plan, artifact, "test", final=False)
+        # Speed-ups are relative to the original's file.
+        artifact = self._builder.build(name if plan.steps else BASELINE, plan)
+        runtime = self._device.runtime_names[0]
+        found = self.evaluator.measure(artifact, plan, runtime, "test", final=False)
         write_json(kept, found.to_dict())
         return found
 

@@ -103,6 +103,18 @@ def test_without_gradients_the_noise_is_a_share_of_the_outputs_energy() -> None:
         assert noise == pytest.approx(0.05 * energy, rel=1e-3)
 
 
+def test_rows_of_a_grouped_convolution_have_steps_of_their_own() -> None:
+    weight = random_weight(12, 9, 3)
+    plain = problem_of(weight, None, free_bias=True)
+    grouped = replace(plain, layer=replace(plain.layer, kind="conv", groups=12))
+    feedback = feedback_for(grouped, 1)
+    factors = torch.arange(1.0, 13.0)[:, None]
+    found = steps(replace(grouped, weight=factors * weight), feedback)
+    torch.testing.assert_close(found, factors * steps(grouped, feedback))
+    dead = steps(replace(grouped, weight=(factors > 1) * weight), feedback)
+    assert bool(dead.isfinite().all() and (dead > 0).all())
+
+
 def test_coarser_steps_and_dearer_bits_give_less_entropy() -> None:
     known = problem(3, out=64)
     bits = [
