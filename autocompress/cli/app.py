@@ -32,6 +32,6 @@ def _options(
     context.obj = debug
     parent = os.environ.pop("AUTOCOMPRESS_PARENT", None)
     if parent:
-        from autocompress.measure.child import die_with
+        from autocompress.processes import die_with
 
         die_with(int(parent))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import queue
 import resource
-import signal
 import sys
 import threading
 import time
@@ -21,13 +19,13 @@ from autocompress.device import DeviceProfile, usable_cores
 from autocompress.errors import AutocompressError, DeviceError
 from autocompress.measure.lock import core_keys
 from autocompress.measure.session import Placement
+from autocompress.processes import die_with
 
 Request = dict[str, Any]
 Beat = Callable[[], None]
 Handler = Callable[[Request, Beat], dict[str, Any]]
 
 _BEAT_S = 1.0
-_PR_SET_PDEATHSIG = 1
 # Of what is free when the child starts; the rest is the parent's.
 _MEMORY_SHARE = 0.8
 # Noted before the process is pinned to some of them.
@@ -123,19 +121,6 @@ def _private_stdout() -> TextIO:
     # Libraries print from native code too, which would corrupt the protocol.
     os.dup2(2, 1)
     return channel
-
-
-def die_with(parent: int) -> None:
-    """Let this process be killed when its parent ends, where the system can do that.
-
-    Args:
-        parent: the parent's process id; 0 if it is on another machine.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    # The parent may have died before the call above.
-    if parent and os.getppid() != parent:
-        os._exit(1)
 
 
 def _read_requests(requests: queue.Queue[str]) -> None:

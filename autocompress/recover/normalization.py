@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from autocompress.graph.layers import NORM_TYPES, flatten_outputs
 
+# Mean and variance.
+Moments = tuple[Tensor, Tensor]
 # Where the estimate for a channel's variance falls below this share of the sample's, the sample's
 # own is taken: the control variate may overshoot on a channel that has little in common with it.
 _SMALLEST_SHARE = 0.25
@@ -130,14 +132,11 @@ class BatchNormRepair:
             sound = variance > _SMALLEST_SHARE * sample
             mean = torch.where(sound, mean, now.first.mean(0))
             variance = torch.where(sound, variance, sample)
-            own_mean, own_variance = (value[kept] for value in self._running[name])
-            known = true.variance[kept]
-            scale = _scale(variance, known)
-            norm.running_mean.copy_(mean + (own_mean - true.first[kept]) * scale)
-            # A channel that used not to vary has no ratio: what it varies by now comes on top.
-            norm.running_var.copy_(
-                torch.where(known > _TINY, own_variance * scale.square(), own_variance + variance)
-            )
+            running = tuple(value[kept] for value in self._running[name])
+            known = (true.first[kept], true.variance[kept])
+            new_mean, new_variance = following(running, known, (mean, variance))
+            norm.running_mean.copy_(new_mean)
+            norm.running_var.copy_(new_variance)
 
         return _run(network, inputs, repair, bf16=self._bf16)
 
@@ -191,6 +190,23 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     if len(lost):
         variance[:, lost] = flat[:, lost].float().var(2, correction=0).double()
     return first, variance
+
+
+def following(running: Moments, known: Moments, now: Moments) -> Moments:
+    """Statistics that give a norm's output the moments that it had.
+
+    Args:
+        running: the norm's own mean and variance; shapes (channels,), or such that they broadcast.
+        known: those of its input before a change.
+        now: those of its input now.
+    """
+    (mean, variance), (known_mean, known_variance), (now_mean, now_variance) = running, known, now
+    scale = _scale(now_variance, known_variance)
+    # A channel that used not to vary has no ratio: what it varies by now comes on top.
+    followed = torch.where(
+        known_variance > _TINY, variance * scale.square(), variance + now_variance
+    )
+    return now_mean + (mean - known_mean) * scale, followed
 
 
 def _squares(flat: Tensor) -> Tensor:

@@ -257,7 +257,7 @@ class Trainer:
         return RecoveryContext(
             folder=self._folder / f"{name}.checkpoint",
             advance=watch.advance,
-            class_scores=not callable(self._workload.metric),
+            class_scores=self._workload.class_scores,
             cycle=cycle,
             stop=watch.stop,
             teacher_outputs=self._teacher_outputs(),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from autocompress.graph.blocks import PassThrough, first_output, first_tensor
 from autocompress.graph.layers import LAYER_TYPES, NORM_TYPES, flatten_outputs
-from autocompress.recover.normalization import moments
+from autocompress.recover.normalization import following, moments
 
 _TINY = 1e-12
 
@@ -135,7 +135,7 @@ def _rounded(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _repair(pass_: _Pass) -> Hook:
-    """Batch norms whose statistics follow the samples', as `BatchNormRepair` sets them."""
+    """Batch norms whose statistics follow the samples', by the rule of `BatchNormRepair`."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if not pass_.changed:
@@ -147,10 +147,9 @@ def _repair(pass_: _Pass) -> Hook:
         mean = first.mean(1)
         variance = ((spread + first.square()).mean(1) - mean.square()).clamp(min=0).to(x)
         mean = mean.to(x)
-        # Where the original's channel is constant there is no ratio to go by.
-        ratio = torch.where(variance[0] > _TINY, variance / variance[0].clamp(min=_TINY), 1.0)
-        mean = mean + (norm.running_mean - mean[0]) * ratio.sqrt()
-        factor = torch.rsqrt(norm.running_var * ratio + norm.eps)
+        running = (norm.running_mean, norm.running_var)
+        mean, variance = following(running, (mean[0], variance[0]), (mean, variance))
+        factor = torch.rsqrt(variance + norm.eps)
         shift = -mean * factor
         if norm.affine:
             factor, shift = factor * norm.weight, shift * norm.weight + norm.bias

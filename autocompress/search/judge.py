@@ -119,7 +119,7 @@ class Sample:
     def __init__(self, workload: Workload, builder: Builder, seed: int) -> None:
         split = workload.search_split
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed + 1))
-        self._metric = workload.metric
+        self._metric, self._class_scores = workload.metric, workload.class_scores
         self._splits = (builder.sample, split.subset(order[:_FURTHER]))
         self._inputs, further = builder.sample_inputs, self._splits[1].inputs
         self._originals = [rough_outputs(workload.network, x) for x in (self._inputs, further)]
@@ -156,8 +156,7 @@ class Sample:
         lost = self._score(labelled, self._splits[part], self._labelled[part])
         sides = (self._originals[part], outputs)
         before, now = ([torch.from_numpy(o) for o in side] for side in sides)
-        scores = not callable(self._metric)
-        loss = output_loss(before, now, class_scores=scores)
+        loss = output_loss(before, now, class_scores=self._class_scores)
         unit = len(lost) / len(labelled[0])
         return Seen(lost - self._scores[part], loss, len(outputs[0]), unit)
 

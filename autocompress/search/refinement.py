@@ -114,8 +114,8 @@ class Refinement:
         except AutocompressError:
             # A plan that cannot be stitched is as bad as can be.
             return math.inf
-        scores = not callable(self._prepared.workload.metric)
-        return output_loss(self._original, outputs, class_scores=scores)
+        class_scores = self._prepared.workload.class_scores
+        return output_loss(self._original, outputs, class_scores=class_scores)
 
 
 @final

@@ -122,7 +122,7 @@ def sensitivity_run(context: SearchContext) -> SensitivityRun:
         prepared.space,
         context.evaluator.builder.sample.inputs,
         sensitivity_folder(),
-        class_scores=not callable(prepared.workload.metric),
+        class_scores=prepared.workload.class_scores,
     )
 
 
@@ -258,8 +258,8 @@ def find_start(context: SearchContext, study: Study, references: Sequence[Evalua
 
 def _most_loss(prepared: Prepared, builder: Builder) -> float:
     outputs = rough_tensors(prepared.workload.network, builder.sample.inputs)
-    scores = not callable(prepared.workload.metric)
-    return min(_MOST_LOSS, _MOST_SHARE * constant_loss(outputs, class_scores=scores))
+    largest = constant_loss(outputs, class_scores=prepared.workload.class_scores)
+    return min(_MOST_LOSS, _MOST_SHARE * largest)
 
 
 def _originals(references: Sequence[Evaluation]) -> dict[str, Evaluation]:

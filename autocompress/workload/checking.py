@@ -43,7 +43,7 @@ def check_workload(workload: Workload) -> tuple[str, ...]:
     samples = workload.search_split.subset(_CHECKED_SAMPLES)
     outputs = _check_network(workload.network, samples)
     _check_axes(workload)
-    if not callable(workload.metric):
+    if workload.class_scores:
         _check_targets(workload, outputs[0])
     value = score(workload.metric, outputs, samples.targets, outputs)
     classes = outputs[0].shape[1] if outputs[0].ndim > 1 else 0

@@ -127,6 +127,11 @@ class Workload:
     dynamic_axes: tuple[Axes, ...] = ()
     input_names: tuple[str, ...] = ()
 
+    @property
+    def class_scores(self) -> bool:
+        """Whether the first output holds a score for every class: a user's metric may take any."""
+        return not callable(self.metric)
+
     def __post_init__(self) -> None:
         batch = as_batch(self.example_inputs, self.input_names, "A workload's example_inputs")
         if len(batch.tensors[0]) == 0:

@@ -18,6 +18,7 @@ from autocompress.export.coding.container import encode_with_sizes
 from autocompress.export.coding.files import encode_file
 from autocompress.export.coding.kept import KeptTensors
 from autocompress.files import write_whole
+from autocompress.processes import die_with
 
 # Beside the containers.
 _KEPT = "coded"
@@ -45,7 +46,7 @@ class Coding:
         if checked or not target.is_file():
             mode = "checked" if checked else "unchecked"
             self._child = subprocess.Popen(
-                [sys.executable, "-m", _MODULE, str(source), str(target), mode],
+                [sys.executable, "-m", _MODULE, str(os.getpid()), str(source), str(target), mode],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -96,7 +97,8 @@ def main(source: Path, target: Path, *, checked: bool) -> None:
 
 
 if __name__ == "__main__":
-    first, second, mode = sys.argv[1:]
+    parent, first, second, mode = sys.argv[1:]
+    die_with(int(parent))
     try:
         main(Path(first), Path(second), checked=mode == "checked")
     except ExportError as error:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +128,33 @@ def test_processes_share_what_they_keep(tmp_path: Path) -> None:
             coding = Coding(source, target, os.sched_getaffinity(0), checked=checked)
             assert coding.wait() == len(encode_model(model))
     assert len(list((tmp_path / "coded").iterdir())) == 3
+
+
+_ABANDONED = """
+import os, sys
+from pathlib import Path
+from autocompress.export.coding.beside import Coding
+source = Path(sys.argv[1])
+Coding(source, source.with_suffix(".acz"), os.sched_getaffinity(0), checked=False)
+os._exit(0)
+"""
+
+
+def test_a_coding_ends_with_the_process_that_wanted_it(tmp_path: Path) -> None:
+    source = tmp_path / "large.onnx"
+    # Half a minute of work.
+    source.write_bytes(model_of(floats("table", 0, 120_000)))
+    subprocess.run([sys.executable, "-c", _ABANDONED, str(source)], check=True)
+    deadline = time.monotonic() + 20.0
+    while any(str(source) in line for line in _command_lines()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert [path.name for path in tmp_path.iterdir()] == ["large.onnx"]
+
+
+def _command_lines() -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found.append(path.read_bytes().replace(b"\0", b" ").decode())
+    return found
