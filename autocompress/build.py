@@ -18,16 +18,11 @@ from autocompress.bank import Bank, Stitched, apply_stage, stitch
 from autocompress.config import CalibrationSettings
 from autocompress.device import DeviceProfile
 from autocompress.errors import PlanError
-from autocompress.export import (
-    Exporter,
-    FloatModel,
-    StockOptions,
-    advised_options,
-    quantize,
-    stock_quantize,
-)
 from autocompress.export.coding import CODED_SUFFIX
 from autocompress.export.coding.beside import Coding
+from autocompress.export.exporter import Exporter, FloatModel
+from autocompress.export.quantize import quantize
+from autocompress.export.stock import StockOptions, advised_options, stock_quantize
 from autocompress.files import write_whole
 from autocompress.plan import Plan
 from autocompress.recover import BatchNormRepair, Trainer, Watch, recovery_of

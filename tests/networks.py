@@ -17,7 +17,7 @@ from autocompress.bank.statistics import Gathering, collect_statistics
 from autocompress.bank.stitch import Stitched, apply_stage
 from autocompress.config import CalibrationSettings
 from autocompress.device import DeviceProfile, MeasuringSettings, OnnxRuntimeCpuSettings
-from autocompress.export import Exporter
+from autocompress.export.exporter import Exporter
 from autocompress.graph import Layer, NetworkGraph, trace
 from autocompress.plan import Plan
 from autocompress.techniques.technique import LayerStatistics, Stage

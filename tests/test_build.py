@@ -17,8 +17,8 @@ from autocompress.bank import Bank
 from autocompress.build import Builder, Stopwatch
 from autocompress.config import CalibrationSettings
 from autocompress.errors import PlanError
-from autocompress.export import Exporter
 from autocompress.export.coding import decode_model, load_coded
+from autocompress.export.exporter import Exporter
 from autocompress.graph import trace
 from autocompress.plan import Decision, Plan, Step
 from autocompress.recover import trainer as trainer_module

@@ -17,7 +17,7 @@ from autocompress.bank import Bank
 from autocompress.build import Builder, Stopwatch
 from autocompress.config import CalibrationSettings
 from autocompress.errors import OutOfTimeError, PlanError
-from autocompress.export import Exporter
+from autocompress.export.exporter import Exporter
 from autocompress.graph import trace
 from autocompress.plan import Decision, Plan, Step
 from autocompress.recover import Watch

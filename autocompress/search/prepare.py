@@ -27,7 +27,7 @@ from autocompress.config import (
 from autocompress.device import DeviceProfile, Fingerprint, load_profile, make_fingerprint
 from autocompress.errors import ConfigError, DeviceError
 from autocompress.evaluate import Device
-from autocompress.export import Exporter
+from autocompress.export.exporter import Exporter
 from autocompress.graph import NetworkGraph, trace
 from autocompress.measure.host import host_of
 from autocompress.measure.host_interface import Host

@@ -14,7 +14,8 @@ import onnx
 from torch import Tensor
 
 from autocompress.device import DeviceProfile
-from autocompress.export import Exporter, FloatModel, quantize
+from autocompress.export.exporter import Exporter, FloatModel
+from autocompress.export.quantize import quantize
 from autocompress.graph import NetworkGraph
 from autocompress.measure.table.cut import Cut, cut_model, layer_label
 from autocompress.search.space import Space

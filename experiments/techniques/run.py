@@ -30,7 +30,7 @@ from autocompress.device import DeviceProfile, load_profile  # noqa: E402
 from autocompress.errors import AutocompressError  # noqa: E402
 from autocompress.evaluate import Device, Evaluator, Extras  # noqa: E402
 from autocompress.evaluation import Evaluation  # noqa: E402
-from autocompress.export import Exporter  # noqa: E402
+from autocompress.export.exporter import Exporter  # noqa: E402
 from autocompress.files import write_json  # noqa: E402
 from autocompress.graph import NetworkGraph, trace  # noqa: E402
 from autocompress.measure.host import host_of  # noqa: E402

@@ -10,7 +10,7 @@ from networks import exporter_of, make_case, make_device
 from torch import Tensor, nn
 
 from autocompress.device import DeviceProfile
-from autocompress.export import Exporter, FloatModel
+from autocompress.export.exporter import Exporter, FloatModel
 from autocompress.graph import trace
 from autocompress.techniques.technique import CodebookWeight, IntegerWeight
 

@@ -9,7 +9,7 @@ from models import assert_tidy, calibration, operators, optimized, relative_erro
 from networks import DENSE, exporter_of, graph_of, make_case, make_device
 
 from autocompress.errors import ExportError
-from autocompress.export import quantize
+from autocompress.export.quantize import quantize
 
 CLOSENESS = 0.05
 DEVICE = make_device()

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 import autocompress.export.exporter as exporter_module
 from autocompress.errors import ExportError
-from autocompress.export import Exporter, quantize
-from autocompress.export.exporter import PARITY_TOLERANCE
+from autocompress.export.exporter import PARITY_TOLERANCE, Exporter
+from autocompress.export.quantize import quantize
 from autocompress.export.skeleton import Graph, Skeleton
 from autocompress.graph import trace
 from autocompress.techniques.filter_prune import FilterPrune

@@ -10,8 +10,9 @@ from marked import KERNEL_DEVICE, float_model, integers
 from models import assert_tidy, calibration, operators, optimized, relative_error, run_onnx, values
 from networks import DENSE, graph_of, make_device
 
-from autocompress.export import quantize, stored_weight_bytes
 from autocompress.export.nbits import pack_blocks
+from autocompress.export.packed import stored_weight_bytes
+from autocompress.export.quantize import quantize
 
 FOUR_BITS = integers(4, 32)
 # Inputs are rounded to 8 bits in blocks of 32.

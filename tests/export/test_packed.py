@@ -26,8 +26,9 @@ from networks import DENSE, exporter_of, make_case, make_device
 from onnx import helper, numpy_helper
 
 from autocompress.errors import ExportError
-from autocompress.export import FloatModel, quantize, stored_weight_bytes
-from autocompress.export.packed import pack
+from autocompress.export.exporter import FloatModel
+from autocompress.export.packed import pack, stored_weight_bytes
+from autocompress.export.quantize import quantize
 from autocompress.techniques.technique import CodebookWeight
 
 DEVICE = make_device()

@@ -28,8 +28,8 @@ from networks import DENSE, enliven, exporter_of, graph_of, make_case, make_devi
 from torch import Tensor, nn
 
 from autocompress.errors import ExportError
-from autocompress.export import FloatModel, quantize
-from autocompress.export.exporter import StoredIntegers
+from autocompress.export.exporter import FloatModel, StoredIntegers
+from autocompress.export.quantize import quantize
 from autocompress.graph.norms import fold_batch_norms
 from autocompress.plan import Step
 

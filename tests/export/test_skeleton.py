@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autocompress.bank import Bank, stitch
 from autocompress.config import CalibrationSettings
-from autocompress.export import Exporter
+from autocompress.export.exporter import Exporter
 from autocompress.export.skeleton import _chain
 from autocompress.graph import trace
 from autocompress.plan import Plan, Step

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from autocompress.export import Exporter
+from autocompress.export.exporter import Exporter
 from autocompress.graph import trace
 
 

@@ -10,7 +10,7 @@ from networks import exporter_of, graph_of, make_case
 from torch import nn
 
 from autocompress.errors import ExportError
-from autocompress.export import StockOptions, advised_options, stock_quantize
+from autocompress.export.stock import StockOptions, advised_options, stock_quantize
 
 
 def float_file(name: str) -> onnx.ModelProto:

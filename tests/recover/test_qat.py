@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from autocompress.errors import PlanError, WorkloadError
-from autocompress.export import quantize
+from autocompress.export.quantize import quantize
 from autocompress.plan import Plan, Step
 from autocompress.recover.qat import train_quantized
 from autocompress.recover.quantizers import GradientRounding, fake_quantized, quantized_layers

@@ -13,7 +13,7 @@ from tiny_workload import QUICK_PROFILE, workload
 
 from autocompress.config import SearchSpace
 from autocompress.device import DeviceProfile, load_profile
-from autocompress.export import Exporter
+from autocompress.export.exporter import Exporter
 from autocompress.graph import trace
 from autocompress.graph.groups import remove_channels
 from autocompress.measure.table import timing

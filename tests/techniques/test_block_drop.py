@@ -28,8 +28,9 @@ from autocompress.bank import stitch
 from autocompress.build import Builder, Stopwatch
 from autocompress.config import CalibrationSettings
 from autocompress.errors import ExportError, PlanError
-from autocompress.export import Exporter, quantize
+from autocompress.export.exporter import Exporter
 from autocompress.export.observe import run_float
+from autocompress.export.quantize import quantize
 from autocompress.plan import Decision, Plan, Step
 from autocompress.techniques import NETWORK, consistent
 from autocompress.techniques.block_drop import BlockDrop

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from autocompress.device import DeviceProfile
 from autocompress.errors import ConfigError, PlanError
-from autocompress.export import quantize, stored_weight_bytes
 from autocompress.export.observe import run_float
+from autocompress.export.packed import stored_weight_bytes
+from autocompress.export.quantize import quantize
 from autocompress.plan import Decision, Plan, Step, make_decision
 from autocompress.techniques import (
     NETWORK,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from autocompress.bank import Bank
 from autocompress.build import Builder, Stopwatch
 from autocompress.config import CalibrationSettings
-from autocompress.export import Exporter
+from autocompress.export.exporter import Exporter
 from autocompress.graph import NetworkGraph, trace
 from autocompress.plan import Decision, Plan, Step
 from autocompress.workload import Workload

@@ -18,7 +18,7 @@ from autocompress import Split, Workload
 from autocompress.bank import Bank
 from autocompress.build import Builder
 from autocompress.config import CalibrationSettings, SearchSpace
-from autocompress.export import Exporter
+from autocompress.export.exporter import Exporter
 from autocompress.graph import trace
 from autocompress.graph.owners import find_owners
 from autocompress.plan import Plan

@@ -13,7 +13,7 @@ from passing import SAMPLES, make_member, workload_of
 from autocompress.bank import Bank
 from autocompress.build import Builder, Stopwatch
 from autocompress.config import CalibrationSettings
-from autocompress.export import Exporter
+from autocompress.export.exporter import Exporter
 from autocompress.graph import NetworkGraph, trace
 from autocompress.plan import Plan, Step
 from autocompress.search.arrange import arranged

@@ -30,7 +30,7 @@ from autocompress.device import DeviceProfile
 from autocompress.errors import AutocompressError, DeviceError, SearchError
 from autocompress.evaluate import Device, Evaluator, Extras
 from autocompress.evaluation import Evaluation
-from autocompress.export import Exporter
+from autocompress.export.exporter import Exporter
 from autocompress.graph import NetworkGraph
 from autocompress.plan import Plan
 from autocompress.recover import Watch

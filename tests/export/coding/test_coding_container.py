@@ -12,7 +12,6 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_files import KINDS, model_of, random_tensor, raw_tensor, small_model
 
 from autocompress.errors import ExportError
-from autocompress.export import quantize
 from autocompress.export.coding import (
     CodedSizes,
     decode_file,
@@ -23,6 +22,7 @@ from autocompress.export.coding import (
     load_coded,
     wire,
 )
+from autocompress.export.quantize import quantize
 
 
 def round_trip(data: bytes) -> CodedSizes:

@@ -15,7 +15,7 @@ from autocompress.build import Builder
 from autocompress.config import CalibrationSettings, SearchSpace
 from autocompress.device import DeviceProfile
 from autocompress.errors import MeasurementError
-from autocompress.export import Exporter
+from autocompress.export.exporter import Exporter
 from autocompress.graph import trace
 from autocompress.measure.explain.graph import read_graph
 from autocompress.measure.explain.layers import layers_of
