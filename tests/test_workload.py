@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from autocompress.errors import WorkloadError
 from autocompress.workload import (
     Split,
     Workload,
+    chance_level,
     check_workload,
     load_workload,
     network_outputs,
@@ -407,3 +409,10 @@ def test_the_users_own_traceback_is_chained(folder):
         frames.append(Path(trace.tb_frame.f_code.co_filename).name)
         trace = trace.tb_next
     assert frames[-1] == "mine.py"
+
+
+def test_chance_is_the_share_of_the_most_common_class():
+    assert chance_level("accuracy", torch.tensor([0, 2, 2, 1])) == 0.5
+    assert chance_level("accuracy", torch.tensor([[0, 1], [1, 1]])) == 0.75
+    for metric, targets in (("agreement", torch.tensor([0])), ("accuracy", None)):
+        assert chance_level(metric, targets) == -math.inf

@@ -54,7 +54,8 @@ def tune_codebooks(
     context = context or RecoveryContext()
     network.eval()
     loss = response_loss(teacher, split, decision.epochs, RETRAIN_TEMPERATURE, context)
-    settings = recovery_settings(len(split), decision.epochs, decision.learning_rate, context)
+    pace = (decision.epochs, decision.learning_rate)
+    settings = recovery_settings(network, len(split), pace, context)
     if decision.epochs == 0:
         return train(network, split, loss, settings)
     identity = ""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal, final
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -9,6 +12,35 @@ from torch.nn.utils import parametrize
 from autocompress.errors import WorkloadError
 from autocompress.graph.layers import NORM_TYPES
 from autocompress.recover.training_types import TrainingSettings
+
+
+@final
+@dataclass(frozen=True)
+class Manner:
+    """How networks of a kind are trained.
+
+    Attributes:
+        rate: what a decision's learning rate is multiplied by.
+    """
+
+    optimizer: Literal["sgd", "adamw"]
+    batch_size: int
+    weight_decay: float
+    rate: float
+
+
+SGD = Manner("sgd", batch_size=128, weight_decay=1e-4, rate=1.0)
+# Transformers diverge or stand still under plain gradient steps (Zhang et al. 2020, "Why are
+# adaptive methods good for attention models?"); without batch norms small batches do no harm.
+ADAMW = Manner("adamw", batch_size=32, weight_decay=1e-2, rate=1e-2)
+
+
+def manner_of(network: nn.Module) -> Manner:
+    """AdamW for networks with norms of each sample alone and no batch norms, else SGD."""
+    modules = list(network.modules())
+    batch = any(isinstance(m, NORM_TYPES) for m in modules)
+    own = any(isinstance(m, nn.LayerNorm) or type(m).__name__.endswith("RMSNorm") for m in modules)
+    return ADAMW if own and not batch else SGD
 
 
 def make_optimizer(

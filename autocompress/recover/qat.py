@@ -7,7 +7,6 @@ when a norm is folded, since its steps are multiplied by the norm's factors.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -15,6 +14,7 @@ from autocompress.bank.store import tensors_hash
 from autocompress.errors import PlanError, WorkloadError
 from autocompress.recover.distillation import LabelLoss
 from autocompress.recover.frozen import frozen_weights
+from autocompress.recover.optimization import manner_of
 from autocompress.recover.quantizers import (
     FLOAT_BITS,
     GradientRounding,
@@ -80,7 +80,7 @@ def train_quantized(
             advice="add a `precision` step to the plan, or recover by `recover`",
         )
     loss = _make_loss(teacher, split, decision, context)
-    settings = _settings(len(split), layers, decision, context)
+    settings = _settings(network, len(split), decision, context)
     identity = _identity(network, teacher, split, calibration, (decision, context))
     if decision.epochs == 0:
         return train(network, split, loss, settings)
@@ -111,12 +111,16 @@ def _make_loss(teacher: nn.Module, split: Split, decision: Qat, context: Recover
 
 
 def _settings(
-    samples: int, layers: dict[str, Any], decision: Qat, context: RecoveryContext
+    network: nn.Module, samples: int, decision: Qat, context: RecoveryContext
 ) -> TrainingSettings:
-    fine = any(8 < integer_weight(layer).activation_bits < FLOAT_BITS for layer in layers.values())
+    layers, manner = quantized_layers(network).values(), manner_of(network)
+    fine = any(8 < integer_weight(layer).activation_bits < FLOAT_BITS for layer in layers)
     return TrainingSettings(
         epochs=decision.epochs,
-        learning_rate=decision.learning_rate,
+        learning_rate=decision.learning_rate * manner.rate,
+        batch_size=manner.batch_size,
+        optimizer=manner.optimizer,
+        weight_decay=manner.weight_decay,
         holdout=held_out(samples),
         norms_frozen_from=_NORMS_FROZEN_FROM,
         # A bf16 number has 8 bits of precision: it cannot tell a finer grid's levels apart.

@@ -14,6 +14,7 @@ from autocompress.bank.store import make_key, network_hash, tensors_hash
 from autocompress.errors import WorkloadError
 from autocompress.recover.distillation import LabelLoss, ResponseLoss, ResponseTerm
 from autocompress.recover.features import Adapters, FeatureLoss, find_maps
+from autocompress.recover.optimization import manner_of
 from autocompress.recover.teacher import Teacher, TeacherOutputs, chunks_in_order_of_use
 from autocompress.recover.training import step_count, train
 from autocompress.recover.training_types import (
@@ -94,7 +95,7 @@ def recover_network(
     """
     context = context or RecoveryContext()
     network.eval()
-    settings = cycle_settings(len(split), decision, context)
+    settings = cycle_settings(network, len(split), decision, context)
     loss = make_loss(network, teacher, split, decision, context)
     identity = ""
     if context.folder is not None:
@@ -178,23 +179,33 @@ def find_teacher_outputs(
     return TeacherOutputs(teacher, split.inputs, chunks, folder, context.bf16)
 
 
-def cycle_settings(samples: int, decision: Recover, context: RecoveryContext) -> TrainingSettings:
+def cycle_settings(
+    network: nn.Module, samples: int, decision: Recover, context: RecoveryContext
+) -> TrainingSettings:
     """The settings of the context's cycle of a decision."""
     epochs = cycle_epochs(decision, context.cycle)
     before = sum(cycle_epochs(decision, number) for number in range(context.cycle))
-    settings = recovery_settings(samples, epochs, decision.learning_rate, context)
+    settings = recovery_settings(network, samples, (epochs, decision.learning_rate), context)
     return replace(settings, epochs_before=before)
 
 
 def recovery_settings(
-    samples: int, epochs: float, learning_rate: float, context: RecoveryContext
+    network: nn.Module, samples: int, pace: tuple[float, float], context: RecoveryContext
 ) -> TrainingSettings:
-    """The settings for a train split of so many samples, some of which are held out."""
-    holdout = held_out(samples)
+    """The settings for a network and a train split of so many samples, some of them held out.
+
+    Args:
+        pace: a decision's epochs and learning rate.
+    """
+    holdout, manner = held_out(samples), manner_of(network)
+    epochs, learning_rate = pace
     patience = max(_LEAST_PATIENCE, round(_PATIENCE_SHARE * epochs))
     return TrainingSettings(
         epochs=epochs,
-        learning_rate=learning_rate,
+        learning_rate=learning_rate * manner.rate,
+        batch_size=manner.batch_size,
+        optimizer=manner.optimizer,
+        weight_decay=manner.weight_decay,
         holdout=holdout,
         patience=patience if holdout else None,
         bf16=context.bf16,
@@ -202,9 +213,10 @@ def recovery_settings(
     )
 
 
-def step_count_of(samples: int, epochs: float) -> int:
+def step_count_of(network: nn.Module, samples: int, epochs: float) -> int:
     """Steps of any recovery of so many epochs on a split of so many samples, no early stop."""
-    return step_count(samples, recovery_settings(samples, epochs, 1.0, RecoveryContext()))
+    settings = recovery_settings(network, samples, (epochs, 1.0), RecoveryContext())
+    return step_count(samples, settings)
 
 
 def held_out(samples: int) -> int:

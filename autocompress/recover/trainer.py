@@ -180,13 +180,13 @@ class Trainer:
             done = _cycles_done(self._kept_files(network, shape, decision))
             samples = len(self._train)
             steps = sum(
-                step_count_of(samples, cycle_epochs(decision, cycle))
+                step_count_of(network, samples, cycle_epochs(decision, cycle))
                 for cycle in range(done, decision.cycles)
             )
             yield _kind(decision), steps
         for step in _retrainings(plan):
             epochs = step.decision.model_dump()["epochs"]
-            yield step.decision.technique, step_count_of(len(self._train), epochs)
+            yield step.decision.technique, step_count_of(network, len(self._train), epochs)
 
     def _train_cycle(self, stitched: Stitched, plan: Plan, cycle: int, watch: Watch) -> nn.Module:
         """Train in place, or prune and train in rounds where the plan removes single weights."""

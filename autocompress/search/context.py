@@ -16,6 +16,7 @@ from autocompress.search.budget import Budget
 from autocompress.search.prepare import Prepared
 from autocompress.search.progress import Progress
 from autocompress.search.run_folder import RunFolder
+from autocompress.workload import chance_level
 
 
 @final
@@ -38,6 +39,12 @@ class SearchContext:
     def settings(self) -> SearchSettings:
         """How long to search and how."""
         return self.prepared.experiment.search
+
+    @property
+    def chance(self) -> float:
+        """What a network that does not look at its inputs scores on the search split."""
+        workload = self.prepared.workload
+        return chance_level(workload.metric, workload.search_split.targets)
 
     @property
     def objectives(self) -> tuple[Objective, ...]:

@@ -37,6 +37,8 @@ ROUNDS = 3
 _FEWEST, _MOST = 4, 16
 # Members that lost more of the original's metric than this share are beyond recovery.
 _LARGEST_LOSS = 0.25
+# Nor are those that lost more than this share of what there is to lose.
+_LARGEST_SHARE = 0.5
 # What the first round leaves of a loss, and a later one, about.
 _LEFT_FIRST, _LEFT_LATER = 0.2, 0.5
 # A trained network is quantized as so many members are.
@@ -115,6 +117,7 @@ def choose_shapes(
     original: Evaluation,
     objectives: Sequence[Objective],
     count: int,
+    chance: float = -np.inf,
 ) -> list[Shape]:
     """Shapes of the front to train, those that are expected to add most to it first.
 
@@ -124,8 +127,12 @@ def choose_shapes(
         evaluations: measured on the search split, untrained.
         original: of the original network.
         count: how many at most.
+        chance: what a network that does not look at its inputs scores (see `chance_level`).
     """
-    worst = original.metric.value - _LARGEST_LOSS * abs(original.metric.value)
+    level = original.metric.value
+    worst = level - _LARGEST_LOSS * abs(level)
+    if chance < level:
+        worst = max(worst, level - _LARGEST_SHARE * (level - chance))
     alive = [e for e in evaluations if e.metric.value >= worst]
     if not alive:
         return []

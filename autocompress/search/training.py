@@ -91,7 +91,9 @@ class SurvivorTraining:
         """As many of the front's shapes as there is time for, by the pace of a first training."""
         untrained = [e for e in self._study.evaluations if e.candidate not in self._study.trained]
         objectives = self._context.objectives
-        most = choose_shapes(untrained, self._original, objectives, shapes_for(seconds, None))
+        most = choose_shapes(
+            untrained, self._original, objectives, shapes_for(seconds, None), self._context.chance
+        )
         pace = self._pace(most)
         if not pace:
             return most

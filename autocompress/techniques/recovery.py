@@ -22,7 +22,8 @@ class Recover(Decision):
             its intermediate maps, `response_feature` both, each with the labels where there are
             some.
         epochs: of the train split; 0 leaves the network as it is.
-        learning_rate: the peak, of SGD with Nesterov momentum.
+        learning_rate: the peak, of SGD with Nesterov momentum; transformers are trained by AdamW,
+            at a hundredth of it.
         temperature: of the softened class scores; low ones leave the labels more of a say.
         pruning_rounds: in so many rounds single weights are pruned, with a share of the training
             after each; 1 prunes at once.

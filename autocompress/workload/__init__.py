@@ -5,7 +5,12 @@ from autocompress.workload.inputs import Axes, axis_sizes
 from autocompress.workload.loading import load_workload
 from autocompress.workload.network import other_sizes
 from autocompress.workload.pretrained import load_network
-from autocompress.workload.scoring import network_outputs, score, score_standard_error
+from autocompress.workload.scoring import (
+    chance_level,
+    network_outputs,
+    score,
+    score_standard_error,
+)
 from autocompress.workload.types import Array, Metric, Split, Workload
 
 __all__ = [
@@ -15,6 +20,7 @@ __all__ = [
     "Split",
     "Workload",
     "axis_sizes",
+    "chance_level",
     "check_workload",
     "load_network",
     "load_workload",

@@ -106,6 +106,18 @@ def score(
     return float((predicted == reference).mean())
 
 
+def chance_level(metric: Metric, targets: Tensor | None) -> float:
+    """What a network that does not look at its inputs scores at best; -inf where nothing says so.
+
+    Args:
+        targets: integers of shape (n, ...), for `accuracy`.
+    """
+    if metric != "accuracy" or targets is None:
+        return -math.inf
+    counts = np.unique(np.asarray(targets), return_counts=True)[1]
+    return float(counts.max()) / targets.numel()
+
+
 def score_standard_error(metric: Metric, value: float, samples: int) -> float | None:
     """Standard error of an accuracy or agreement; None for a custom metric.
 

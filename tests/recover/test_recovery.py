@@ -12,7 +12,12 @@ from autocompress import Split
 from autocompress.errors import PlanError, WorkloadError
 from autocompress.plan import make_decision
 from autocompress.recover.gradual import cubic_share, gradual
-from autocompress.recover.recovery import RecoveryContext, recover_network, recovery_settings
+from autocompress.recover.recovery import (
+    RecoveryContext,
+    recover_network,
+    recovery_settings,
+    step_count_of,
+)
 from autocompress.techniques.recovery import Recover
 
 METHODS = ["fine_tune", "response", "feature", "response_feature"]
@@ -119,11 +124,31 @@ def test_no_epochs_are_the_identity() -> None:
 
 
 def test_settings_follow_the_decision_and_the_data() -> None:
-    settings = recovery_settings(50_000, 30, 0.3, RecoveryContext(seed=7))
+    network = nn.BatchNorm1d(4)
+    settings = recovery_settings(network, 50_000, (30, 0.3), RecoveryContext(seed=7))
     assert (settings.epochs, settings.learning_rate, settings.seed) == (30, 0.3, 7)
     assert (settings.holdout, settings.patience) == (1000, 12)
-    few = recovery_settings(5, 30, 0.3, RecoveryContext())
+    few = recovery_settings(network, 5, (30, 0.3), RecoveryContext())
     assert (few.holdout, few.patience) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("modules", "optimizer"),
+    [
+        ([nn.Linear(2, 2)], "sgd"),
+        ([nn.LayerNorm(2)], "adamw"),
+        ([nn.RMSNorm(2)], "adamw"),
+        # Squeeze-and-excite blocks and the like may have layer norms among batch norms.
+        ([nn.LayerNorm(2), nn.BatchNorm2d(2)], "sgd"),
+    ],
+)
+def test_transformers_are_trained_by_adamw(modules: list[nn.Module], optimizer: str) -> None:
+    network = nn.Sequential(*modules)
+    settings = recovery_settings(network, 500, (2, 0.05), RecoveryContext())
+    assert settings.optimizer == optimizer
+    rate, steps = {"sgd": (0.05, 6), "adamw": (5e-4, 28)}[optimizer]
+    assert settings.learning_rate == pytest.approx(rate)
+    assert step_count_of(network, 500, 2) == steps
 
 
 @pytest.mark.parametrize(

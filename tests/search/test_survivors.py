@@ -104,6 +104,10 @@ def test_shapes_come_in_the_order_of_what_training_them_may_add(make_evaluation:
     assert every[0].metric == pytest.approx(0.8)
     assert every[-1].metric == pytest.approx(0.9)
     assert choose_shapes([], original, OBJECTIVES, count=3) == []
+    # Half-way to what a network without any knowledge scores.
+    able = choose_shapes(members, original, OBJECTIVES, 20, chance=0.81)
+    assert min(s.metric for s in able) == pytest.approx(0.86)
+    assert len(choose_shapes(members, original, OBJECTIVES, 20, chance=0.95)) == 11
     worthless = [member(make_evaluation, 0.9, 0.1, 50.0)]
     assert choose_shapes(worthless, original, OBJECTIVES, count=3) == []
 
@@ -308,7 +312,7 @@ class Scene:
         self.saved: list[str] = []
         progress = Silent()
         context: Any = SimpleNamespace(
-            objectives=OBJECTIVES, runtimes=("onnxruntime",), budget=self.budget,
+            objectives=OBJECTIVES, chance=-math.inf, runtimes=("onnxruntime",), budget=self.budget,
             progress=SimpleNamespace(
                 stage=progress.stage, advance=progress.advance, note=self.notes.append
             ),
@@ -333,7 +337,7 @@ class Scene:
         self.built.append(plan)
         return plan
 
-    def _measure(self, artifact: Plan, plan: Plan, *args: object, final: bool) -> Any:
+    def _measure(self, artifact: Plan, plan: Plan, runtime: str) -> Any:
         ratio = plan.steps[0].decision.model_dump()["pruning_ratio"]
         found = self.make(plan.hash, 0.9 - 0.1 * ratio, 1 + 4 * ratio, plan=plan)
         return SimpleNamespace(result=lambda: found)

@@ -114,7 +114,7 @@ class ClusterTraining:
         context = self._context
         untrained = [e for e in self._study.evaluations if e.candidate not in self._study.trained]
         count = shapes_for(seconds, None)
-        shapes = choose_shapes(untrained, original, context.objectives, count)
+        shapes = choose_shapes(untrained, original, context.objectives, count, context.chance)
         end_s = context.budget.spent_s + seconds
         rounds = Rounds(
             shapes,
