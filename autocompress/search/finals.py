@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from autocompress.search.front import MAXIMISE, front_mask, objective_values
 _USEFUL_LOSS = 0.05
 _LARGEST_LOSS = 0.20
 _MARGIN = 1.05
+# Of an interval's half.
+_SIGMAS = 1.96
 
 
 def choose_finalists(
@@ -33,7 +36,9 @@ def choose_finalists(
 
     Up to a quarter of the places goes to points off the front that beat the rival in every
     objective, the best metric first: the front keeps the luckiest of nearly equal points, and on
-    new data another of them may be the one that really beats the rival.
+    new data another of them may be the one that really beats the rival. Places that are left then
+    go to points that would be on the front if their metric were a standard error higher: on few
+    samples a front is mostly luck.
 
     Args:
         original: the original network on the search split.
@@ -49,7 +54,25 @@ def choose_finalists(
     places = count - len(contenders)
     chosen = _greedy_cover(alive, original, objectives, places)
     rest = [e for e in alive if e not in chosen]
-    return [*[*chosen, *rest][:places], *contenders] or members[:1]
+    found = [*[*chosen, *rest][:places], *contenders]
+    useful = [e for e in off if e.metric.value >= level - _USEFUL_LOSS * abs(level)]
+    others = [e for e in useful if e not in contenders and _may_be_better(e, members, objectives)]
+    places = count - len(found)
+    found += _greedy_cover(others, original, objectives, places)
+    found += [e for e in others if e not in found][: count - len(found)]
+    return found or members[:1]
+
+
+def _may_be_better(
+    evaluation: Evaluation, front: Sequence[Evaluation], objectives: Sequence[Objective]
+) -> bool:
+    """Whether a point would be on the front with a metric that is a standard error higher."""
+    metric = evaluation.metric
+    error = (metric.ci_high - metric.ci_low) / (2 * _SIGMAS)
+    if not error > 0:
+        return False
+    lucky = replace(evaluation, metric=replace(metric, value=metric.value + error))
+    return bool(front_mask([*front, lucky], objectives)[-1])
 
 
 def _better_than(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -110,8 +111,29 @@ def test_points_off_the_front_that_beat_the_rival_are_judged_too(make_evaluation
     ]
     names = [e.candidate for e in choose_finalists(points, original, OBJECTIVES, 8, rival)]
     assert names == ["lucky", "close"]
-    alone = [e.candidate for e in choose_finalists(points, original, OBJECTIVES, 8)]
+    alone = [e.candidate for e in choose_finalists(points, original, OBJECTIVES, 1)]
     assert alone == ["lucky"]
+
+
+def test_places_that_are_left_go_to_points_that_may_be_better_than_they_seem(make_evaluation):
+    """A standard error is half a per cent."""
+    original = make_evaluation("original", 0.90, 1.0)
+    points = [
+        make_evaluation("lucky", 0.895, 3.0),
+        make_evaluation("near", 0.891, 2.9),
+        make_evaluation("nearest", 0.893, 2.8),
+        make_evaluation("far", 0.888, 2.9),
+        make_evaluation("unknown", math.nan, 3.5),
+    ]
+    unknown = replace(points[-1].metric, value=0.89, ci_low=math.nan, ci_high=math.nan)
+    points[-1] = replace(points[-1], speedup=points[1].speedup, metric=unknown)
+
+    def names(count):
+        return [e.candidate for e in choose_finalists(points, original, OBJECTIVES, count)]
+
+    assert set(names(8)) == {"lucky", "near", "nearest"}
+    assert names(8)[0] == "lucky"
+    assert len(names(2)) == 2
 
 
 def test_the_count_is_kept_and_the_widest_cover_comes_first(make_evaluation):
