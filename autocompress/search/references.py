@@ -66,7 +66,8 @@ def _add_code(
     context: SearchContext, uncoded: Sequence[Measured], found: dict[str, Evaluation]
 ) -> None:
     """Wait for the containers, which were begun beside the measurements; keep what is whole."""
-    if any(measured.coding for measured in uncoded):
+    coded = any(measured.coding for measured in uncoded)
+    if coded:
         context.progress.stage("code reference points", len(uncoded))
     for measured in uncoded:
         name = measured.evaluation.candidate
@@ -77,7 +78,8 @@ def _add_code(
             _tell(context, name, reason)
             continue
         context.folder.save_evaluation(found[name])
-        context.progress.advance()
+        if coded:
+            context.progress.advance()
 
 
 def _tell(context: SearchContext, name: str, reason: Exception) -> None:

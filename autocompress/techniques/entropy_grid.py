@@ -49,6 +49,7 @@ _LEAST_NOISE = 1e-30
 _SMALLEST_SHARE = 0.02
 # Wider steps, as shares of a row's largest weight, would only cost digits.
 _WIDEST = 4.0
+_SCALE_BITS = 8
 # What a bit is worth in squared steps where the error of a uniform grid, step² / 12, is optimal.
 _SLOPE = math.log(2) / 6
 
@@ -119,13 +120,19 @@ def _solve(problem: LayerProblem, decision: Decision) -> Variant:
     feedback = feedback_for(problem, 1)
     largest = weight.abs().amax(1, keepdim=True).clamp(min=1e-12)
     scale = decision.step * steps(problem, feedback)
-    scale = torch.maximum(torch.minimum(scale, _WIDEST * largest), largest / _LARGEST)
+    scale = _short(torch.maximum(torch.minimum(scale, _WIDEST * largest), largest / _LARGEST))
     codes = _codes(problem, scale, feedback, decision.rate_weight * _SLOPE)
-    scale = scale * fitted_ratio(weight, scale * codes, feedback)
+    scale = _short(scale * fitted_ratio(weight, scale * codes, feedback))
     shift = torch.zeros(len(weight))
     if problem.statistics is not None:
         shift = ((weight - scale * codes).double() @ problem.statistics.mean).float()
     return {"weight": scale * codes, "scale": scale, "shift": shift}
+
+
+def _short(scale: Tensor) -> Tensor:
+    """Scales of few digits: the others would cost a tenth of a small layer's bytes."""
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp((mantissa * 2**_SCALE_BITS).round() / 2**_SCALE_BITS, exponent)
 
 
 def _codes(problem: LayerProblem, scale: Tensor, feedback: Feedback, price: float) -> Tensor:

@@ -115,6 +115,14 @@ def test_rows_of_a_grouped_convolution_have_steps_of_their_own() -> None:
     assert bool(dead.isfinite().all() and (dead > 0).all())
 
 
+@given(seeds, st.floats(0.05, 4))
+@settings(max_examples=20, deadline=None)
+def test_scales_have_eight_digits(seed: int, step: float) -> None:
+    scale = ENTROPY_GRID.solve(problem(seed), EntropyGrid(step=step))["scale"]
+    digits = scale.frexp().mantissa * 256
+    torch.testing.assert_close(digits, digits.round(), rtol=0, atol=0)
+
+
 def test_coarser_steps_and_dearer_bits_give_less_entropy() -> None:
     known = problem(3, out=64)
     bits = [
