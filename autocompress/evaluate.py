@@ -112,6 +112,7 @@ class Evaluator:
         self._example = self._timing.store([x.numpy() for x in self._example_batch()])
         self._splits: dict[SplitName, Path] = {}
         self._built: dict[str, Artifact] = {}
+        self._codings: dict[Path, Coding] = {}
         self._original_outputs: dict[SplitName, tuple[Any, ...]] = {}
 
     def __enter__(self) -> Evaluator:
@@ -279,11 +280,17 @@ class Evaluator:
         """The file's container, which is made beside what is measured; None if none is wanted."""
         if not final and not self._extras.coded:
             return None
+        # A file that is judged in several runtimes has one container.
+        if final and model in self._codings:
+            return self._codings[model]
         every = os.sched_getaffinity(0)
         if self._profile.kind == "cpu" and self._host.here:
             every = set(self._timing.cores)
             every = every - set(self._profile.pinned_cores(self._timing.cores)) or every
-        return self._builder.start_coding(model, every, checked=final)
+        coding = self._builder.start_coding(model, every, checked=final)
+        if final:
+            self._codings[model] = coding
+        return coding
 
     def _measured(
         self, artifact: Artifact, plan: Plan, runtime: str, split: SplitName, *, final: bool

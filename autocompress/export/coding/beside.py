@@ -43,6 +43,7 @@ class Coding:
     ) -> None:
         self._source, self._target, self._cores = source, target, cores
         self._child: subprocess.Popen[str] | None = None
+        self._complaint: str | None = None
         if checked or not target.is_file():
             mode = "checked" if checked else "unchecked"
             self._child = subprocess.Popen(
@@ -54,7 +55,7 @@ class Coding:
             _move(self._child.pid, cores)
 
     def wait(self) -> int:
-        """The container's size in bytes.
+        """The container's size in bytes; may be asked for several times.
 
         Meanwhile the process may also run where the waiting thread may: it measures nothing.
 
@@ -62,10 +63,11 @@ class Coding:
             ExportError: the file cannot be coded.
         """
         if self._child is not None:
-            _move(self._child.pid, {*self._cores, *os.sched_getaffinity(0)})
-            _, complaint = self._child.communicate()
-            if self._child.returncode:
-                lines = complaint.strip().splitlines() or [f"exit code {self._child.returncode}"]
+            if self._child.poll() is None:
+                _move(self._child.pid, {*self._cores, *os.sched_getaffinity(0)})
+            complaint, code = self._complaint_of(self._child), self._child.returncode
+            if code:
+                lines = complaint.splitlines() or [f"exit code {code}"]
                 raise ExportError(f"The file cannot be coded: {lines[-1]}", given=self._source)
         return self._target.stat().st_size
 
@@ -73,7 +75,13 @@ class Coding:
         """End the process, if it still runs."""
         if self._child is not None and self._child.poll() is None:
             self._child.kill()
-            self._child.communicate()
+            self._complaint_of(self._child)
+
+    def _complaint_of(self, child: subprocess.Popen[str]) -> str:
+        """What the process wrote, once it has ended."""
+        if self._complaint is None:
+            self._complaint = child.communicate()[1].strip()
+        return self._complaint
 
 
 def _move(process: int, cores: Collection[int]) -> None:

@@ -126,7 +126,8 @@ def test_processes_share_what_they_keep(tmp_path: Path) -> None:
         for checked in (False, True):
             target = source.with_suffix(".acz")
             coding = Coding(source, target, os.sched_getaffinity(0), checked=checked)
-            assert coding.wait() == len(encode_model(model))
+            assert coding.wait() == coding.wait() == len(encode_model(model))
+            coding.cancel()
     assert len(list((tmp_path / "coded").iterdir())) == 3
 
 
