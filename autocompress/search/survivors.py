@@ -4,7 +4,7 @@ Without training, a network's rank says little about its rank after: members tha
 trained first, for they have most to gain. Each round trains twice as long as the one before it and
 goes on from its weights (successive halving, Jamieson & Talwalkar 2016, with warm restarts); a
 trained network is quantized in the ways of several members, which costs next to nothing beside its
-training.
+training. Time that is left after the rounds goes to further ones.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from autocompress.techniques.recovery import Recover, cycle_epochs
 
 EPOCHS = 0.5
 ROUNDS = 3
+# As many as a `Recover` has cycles.
+MOST_ROUNDS = 8
 _FEWEST, _MOST = 4, 16
 # Members that lost more of the original's metric than this share are beyond recovery.
 _LARGEST_LOSS = 0.25
@@ -225,7 +227,7 @@ def plan_of(shape: Shape, way: Plan, number: int) -> Plan:
     """The plan of a shape after a round, from 0, quantized in one of its ways."""
     steps = [*shape.steps.steps, Step(NETWORK, Recover(epochs=EPOCHS, cycles=number + 1))]
     steps += way.steps
-    if number == ROUNDS - 1 and _has_few_bits(way):
+    if number >= ROUNDS - 1 and _has_few_bits(way):
         steps.append(Step(NETWORK, Qat(epochs=_QAT_EPOCHS)))
     return consistent(Plan(tuple(steps)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import final
@@ -14,6 +15,7 @@ from autocompress.search.context import SearchContext
 from autocompress.search.study import Study
 from autocompress.search.survivors import (
     EPOCHS,
+    MOST_ROUNDS,
     ROUNDS,
     RoundReport,
     Shape,
@@ -28,6 +30,8 @@ from autocompress.search.survivors import (
 
 # What a run folder keeps of how the rounds went.
 REPORTS = "survivors.json"
+# Of a training's expected time: files are made and measured, too.
+_MARGIN = 1.1
 
 
 @final
@@ -64,9 +68,11 @@ class SurvivorTraining:
             shapes = self._shapes(seconds)
         before = {shape.steps.hash: shape.metric for shape in shapes}
         reports: list[RoundReport] = []
-        for number in range(ROUNDS):
+        for number in range(MOST_ROUNDS):
+            if number >= ROUNDS and not self._has_time_for(shapes, number):
+                break
             limit_s = max(0.0, self._deadline_s - self._context.budget.spent_s)
-            name = f"train, round {number + 1} of {ROUNDS}"
+            name = f"train, round {number + 1}" + (f" of {ROUNDS}" if number < ROUNDS else "")
             self._context.progress.stage(name, len(shapes), limit_s=limit_s)
             trained, whole = run_round(shapes, number, self._measure, self._done)
             while number == 0 and whole and (further := self._further(trained, seconds)):
@@ -105,6 +111,13 @@ class SurvivorTraining:
         wanted = self._shapes(seconds)
         others = [shape for shape in wanted if shape.steps.hash not in known]
         return others[: max(0, len(wanted) - len(known))]
+
+    def _has_time_for(self, shapes: Sequence[Shape], number: int) -> bool:
+        """Whether a further round will end in time, by the pace of those before."""
+        builder = self._context.evaluator.builder
+        paces = [builder.training_seconds(plan_of(shape, Plan(), number)) for shape in shapes]
+        needed = sum(math.inf if pace is None else pace for pace in paces)
+        return _MARGIN * needed <= self._deadline_s - self._context.budget.spent_s
 
     def _pace(self, shapes: Sequence[Shape]) -> float:
         """About how long the first round takes for each, in seconds; 0 if not known."""
