@@ -99,8 +99,9 @@ def stock_quantize(
         with _quiet(), tempfile.TemporaryDirectory(dir=target.parent) as folder:
             original, prepared, result = (Path(folder) / f"{n}.onnx" for n in "abc")
             onnx.save(model, original)
-            # Its symbolic shapes give up on what transformers compute from an open length.
-            quant_pre_process(str(original), str(prepared), skip_symbolic_shape=_is_open(model))
+            # Its symbolic shapes give up on what transformers compute from an open length, and leave
+            # files in the working directory then; plain ones give the same result.
+            quant_pre_process(str(original), str(prepared), skip_symbolic_shape=True)
             names = [entry.name for entry in model.graph.input]
             _quantize(prepared, result, _Reader(names, inputs), options)
             result.replace(target)
@@ -109,15 +110,6 @@ def stock_quantize(
         raise ExportError(
             f"ONNX Runtime's {options.mode} quantizer fails on this network: {cause}"
         ) from cause
-
-
-def _is_open(model: onnx.ModelProto) -> bool:
-    """Whether an axis besides the batch has no fixed size."""
-    return any(
-        not dim.HasField("dim_value")
-        for entry in model.graph.input
-        for dim in entry.type.tensor_type.shape.dim[1:]
-    )
 
 
 def _quantize(source: Path, target: Path, reader: _Reader, options: StockOptions) -> None:
