@@ -99,8 +99,8 @@ def stock_quantize(
         with _quiet(), tempfile.TemporaryDirectory(dir=target.parent) as folder:
             original, prepared, result = (Path(folder) / f"{n}.onnx" for n in "abc")
             onnx.save(model, original)
-            # Its symbolic shapes give up on what transformers compute from an open length, and leave
-            # files in the working directory then; plain ones give the same result.
+            # Its symbolic shapes give up on what transformers compute from an open length, and
+            # leave files in the working directory; without them the result is the same.
             quant_pre_process(str(original), str(prepared), skip_symbolic_shape=True)
             names = [entry.name for entry in model.graph.input]
             _quantize(prepared, result, _Reader(names, inputs), options)
