@@ -109,6 +109,8 @@ def test_outputs_that_are_no_scores() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(256, 5, generator=generator)
     teacher, student = nn.Linear(5, 1).eval(), nn.Linear(5, 1).eval()
+    for parameter in (*teacher.parameters(), *student.parameters()):
+        nn.init.normal_(parameter, std=0.3, generator=generator)
     recover_network(
         student, teacher, Split(inputs), Recover(epochs=100, learning_rate=0.2),
         RecoveryContext(class_scores=False, bf16=False),

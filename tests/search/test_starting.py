@@ -170,7 +170,7 @@ class Scene:
             space=SPACE,
             folder=SimpleNamespace(path=folder),
             experiment=SimpleNamespace(search=SimpleNamespace(seed=0)),
-            workload=SimpleNamespace(network=network, metric="accuracy"),
+            workload=SimpleNamespace(network=network, class_scores=True),
         )
         self.builder: Any = SimpleNamespace(
             sample_inputs=(x,), sample=Split(x[-4:]), network=self._network
