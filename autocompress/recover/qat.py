@@ -14,7 +14,6 @@ from autocompress.bank.store import tensors_hash
 from autocompress.errors import PlanError, WorkloadError
 from autocompress.recover.distillation import LabelLoss
 from autocompress.recover.frozen import frozen_weights
-from autocompress.recover.optimization import manner_of
 from autocompress.recover.quantizers import (
     FLOAT_BITS,
     GradientRounding,
@@ -25,7 +24,7 @@ from autocompress.recover.quantizers import (
 from autocompress.recover.recovery import (
     RETRAIN_TEMPERATURE,
     RecoveryContext,
-    held_out,
+    recovery_settings,
     response_loss,
     training_identity,
 )
@@ -113,19 +112,15 @@ def _make_loss(teacher: nn.Module, split: Split, decision: Qat, context: Recover
 def _settings(
     network: nn.Module, samples: int, decision: Qat, context: RecoveryContext
 ) -> TrainingSettings:
-    layers, manner = quantized_layers(network).values(), manner_of(network)
+    layers = quantized_layers(network).values()
     fine = any(8 < integer_weight(layer).activation_bits < FLOAT_BITS for layer in layers)
-    return TrainingSettings(
-        epochs=decision.epochs,
-        learning_rate=decision.learning_rate * manner.rate,
-        batch_size=manner.batch_size,
-        optimizer=manner.optimizer,
-        weight_decay=manner.weight_decay,
-        holdout=held_out(samples),
+    pace = (decision.epochs, decision.learning_rate)
+    return replace(
+        recovery_settings(network, samples, pace, context),
+        patience=None,
         norms_frozen_from=_NORMS_FROZEN_FROM,
         # A bf16 number has 8 bits of precision: it cannot tell a finer grid's levels apart.
         bf16=False if fine else context.bf16,
-        seed=context.seed,
     )
 
 

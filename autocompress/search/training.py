@@ -114,17 +114,19 @@ class SurvivorTraining:
 
     def _has_time_for(self, shapes: Sequence[Shape], number: int) -> bool:
         """Whether a further round will end in time, by the pace of those before."""
-        builder = self._context.evaluator.builder
-        paces = [builder.training_seconds(plan_of(shape, Plan(), number)) for shape in shapes]
+        paces = self._paces(shapes, number)
         needed = sum(math.inf if pace is None else pace for pace in paces)
         return _MARGIN * needed <= self._deadline_s - self._context.budget.spent_s
 
     def _pace(self, shapes: Sequence[Shape]) -> float:
         """About how long the first round takes for each, in seconds; 0 if not known."""
-        builder = self._context.evaluator.builder
-        paces = [builder.training_seconds(plan_of(shape, Plan(), 0)) for shape in shapes]
-        known = [pace for pace in paces if pace]
+        known = [pace for pace in self._paces(shapes, 0) if pace]
         return sum(known) / len(known) if known else 0.0
+
+    def _paces(self, shapes: Sequence[Shape], number: int) -> list[float | None]:
+        """About how long a round's training takes for each, in seconds; None if not known."""
+        builder = self._context.evaluator.builder
+        return [builder.training_seconds(plan_of(shape, Plan(), number)) for shape in shapes]
 
     def _measure(self, plan: Plan, runtime: str) -> Evaluation:
         context = self._context
