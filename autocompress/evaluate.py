@@ -20,7 +20,7 @@ from autocompress.files import write_json
 from autocompress.measure.client import Subject, Worker
 from autocompress.measure.host_interface import Host
 from autocompress.measure.latency import PairedLatency
-from autocompress.measure.measurement import Measurement
+from autocompress.measure.measurement import CONFIDENCE_SIGMAS, Measurement
 from autocompress.measure.memory import peak_memory
 from autocompress.measure.scoring import ScoringPool
 from autocompress.plan import Plan, candidate_name
@@ -28,7 +28,6 @@ from autocompress.recover import Watch
 from autocompress.workload import Split, Workload, network_outputs, score, score_standard_error
 
 _SCORING_BATCH = 64
-_CONFIDENCE_SIGMAS = 1.96
 
 
 @final
@@ -343,9 +342,9 @@ class Evaluator:
         metric = self._workload.metric
         value = score(metric, outputs, data.targets, self._reference_outputs(split))
         error = score_standard_error(metric, value, len(data))
-        spread = 0.0 if error is None else _CONFIDENCE_SIGMAS * error
+        spread = 0.0 if error is None else CONFIDENCE_SIGMAS * error
         low, high = (value - spread, value + spread) if error is not None else (math.nan, math.nan)
-        unit = "metric" if callable(metric) else SHARE
+        unit = SHARE if self._workload.class_scores else "metric"
         return Measurement(value, low, high, unit, "measured", self.fingerprint.id)
 
     def _reference_outputs(self, split: SplitName) -> tuple[Any, ...] | None:

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, final
 
+# Of a normal distribution, what a 95 % interval reaches to either side.
+CONFIDENCE_SIGMAS = 1.96
+
 
 @final
 @dataclass(frozen=True)
@@ -31,6 +34,16 @@ class Measurement:
     device: str
     trusted: bool = True
     reason: str = ""
+
+    @property
+    def half_width(self) -> float:
+        """Half the interval as a share of the value: to first order, of its logarithm."""
+        return (self.ci_high - self.ci_low) / (2 * self.value)
+
+    @property
+    def standard_error(self) -> float:
+        """Of a normal distribution with this interval, in `unit`; NaN without an interval."""
+        return (self.ci_high - self.ci_low) / (2 * CONFIDENCE_SIGMAS)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""

@@ -16,8 +16,6 @@ from autocompress.search.front import MAXIMISE, front_mask, objective_values
 _USEFUL_LOSS = 0.05
 _LARGEST_LOSS = 0.20
 _MARGIN = 1.05
-# Of an interval's half.
-_SIGMAS = 1.96
 
 
 def choose_finalists(
@@ -68,10 +66,10 @@ def _may_be_better(
 ) -> bool:
     """Whether a point would be on the front with a metric that is a standard error higher."""
     metric = evaluation.metric
-    error = (metric.ci_high - metric.ci_low) / (2 * _SIGMAS)
-    if not error > 0:
+    if not metric.standard_error > 0:
         return False
-    lucky = replace(evaluation, metric=replace(metric, value=metric.value + error))
+    higher = replace(metric, value=metric.value + metric.standard_error)
+    lucky = replace(evaluation, metric=higher)
     return bool(front_mask([*front, lucky], objectives)[-1])
 
 

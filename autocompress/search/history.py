@@ -9,8 +9,8 @@ import optuna
 
 from autocompress.errors import RunFolderError
 from autocompress.evaluation import Evaluation
+from autocompress.search.record import EVALUATION, FINISHED_S
 from autocompress.search.storage import has_study, open_storage, place_of
-from autocompress.search.study import EVALUATION, FINISHED_S
 
 
 def read_history(run: Path) -> list[tuple[float, Evaluation]]:

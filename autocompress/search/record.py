@@ -21,6 +21,16 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from autocompress.errors import RunFolderError
 from autocompress.search.storage import Storage, open_storage
 
+# Keys of what is noted beside a trial.
+CANDIDATE = "candidate"
+EVALUATION = "evaluation"
+FAILURE = "failure"
+FINISHED_S = "finished_s"
+INTERRUPTED = "interrupted"
+ORDER = "order"
+TRAINED = "trained"
+VIOLATIONS = "violations"
+
 
 @final
 class TrialRecord:

@@ -34,12 +34,13 @@ from autocompress.search.limits import parse_limits, satisfied, violations
 from autocompress.search.paying_levels import keep_paying_levels
 from autocompress.search.prepare import Options, Prepared, builder_of, fill_bank, prepare
 from autocompress.search.progress import Progress, Silent
+from autocompress.search.record import VIOLATIONS
 from autocompress.search.references import measure_references
 from autocompress.search.refinement import refine_seeds
 from autocompress.search.samplers import SamplerContext
 from autocompress.search.starting import Start, find_start, guessed_start
 from autocompress.search.storage import Storage, patience_with_storage, settle
-from autocompress.search.study import RUNTIME, VIOLATIONS, Sampling, Study
+from autocompress.search.study import RUNTIME, Sampling, Study
 from autocompress.search.time_plan import Demand, Phase, TimePlan
 
 # The front's file is written anew at least so often while points come in that are not on it.

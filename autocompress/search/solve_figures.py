@@ -7,12 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, final
 
 from autocompress.evaluation import SHARE, Evaluation
-from autocompress.measure.measurement import Measurement
+from autocompress.measure.measurement import CONFIDENCE_SIGMAS, Measurement
 from autocompress.search.judge import Interval
 from autocompress.search.solve_limits import Limits
 from autocompress.techniques import technique_named
-
-_CONFIDENCE_SIGMAS = 1.96
 
 
 @final
@@ -95,7 +93,7 @@ def figures_of(evaluation: Evaluation, original_metric: float) -> Figures:
 
 def estimated(interval: Interval, factor: float, unit: str, device: str) -> Measurement:
     """A prediction as a figure, times a factor, with the 95 % interval of its deviation."""
-    spread = _CONFIDENCE_SIGMAS * interval.deviation
+    spread = CONFIDENCE_SIGMAS * interval.deviation
     ends = (interval.value, interval.value - spread, interval.value + spread)
     value, low, high = (factor * end for end in ends)
     return Measurement(value, low, high, unit, "estimated", device)

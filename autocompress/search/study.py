@@ -25,21 +25,24 @@ from autocompress.config import Objective, Sampler
 from autocompress.device import DeviceProfile
 from autocompress.evaluation import Evaluation
 from autocompress.plan import Plan, candidate_name
+from autocompress.search.earlier import take_in
 from autocompress.search.front import MAXIMISE, front_mask, objective_values
-from autocompress.search.record import JudgedLog, TrialRecord
+from autocompress.search.record import (
+    CANDIDATE,
+    EVALUATION,
+    FAILURE,
+    FINISHED_S,
+    INTERRUPTED,
+    ORDER,
+    TRAINED,
+    VIOLATIONS,
+    JudgedLog,
+    TrialRecord,
+)
 from autocompress.search.samplers import SamplerContext, make_sampler
 from autocompress.search.space import Space
 from autocompress.search.storage import Storage, storage_of
 
-EVALUATION = "evaluation"
-FINISHED_S = "finished_s"
-VIOLATIONS = "violations"
-TRAINED = "trained"
-_CANDIDATE = "candidate"
-_FAILURE = "failure"
-_ORDER = "order"
-_INTERRUPTED = "interrupted"
-_MOST_INTERRUPTIONS = 5
 _DUPLICATES_IN_A_ROW = 20
 # Which of the profile's runtimes; no layer or group can be called so.
 RUNTIME = "|runtime"
@@ -157,13 +160,12 @@ class Study:
 
     def keep_trained(self, evaluation: Evaluation, spent_s: float) -> None:
         """Record a candidate that was trained; no sampler learns from it."""
-        attributes = {_CANDIDATE: evaluation.candidate, _ORDER: self._number, TRAINED: True}
+        attributes = {CANDIDATE: evaluation.candidate, ORDER: self._number, TRAINED: True}
         trial_id = self._record.begin({}, {}, attributes)
         values = objective_values(evaluation, self._objectives)
         found = {EVALUATION: json.dumps(evaluation.to_dict()), FINISHED_S: round(spent_s, 2)}
         self._record.finish(trial_id, TrialState.COMPLETE, values, found)
-        self._trained[evaluation.candidate] = evaluation
-        self._evaluations[evaluation.candidate] = evaluation
+        self._take_trained(evaluation)
 
     @property
     def judged(self) -> Mapping[str, Mapping[str, Any]]:
@@ -220,7 +222,7 @@ class Study:
     def begin_judging(self, proposal: Proposal) -> None:
         """Note that a plan is about to be judged: one that ends the process is known by it."""
         self._log.append(
-            {_CANDIDATE: proposal.candidate, "state": "begun", "indices": _sparse(proposal.indices)}
+            {CANDIDATE: proposal.candidate, "state": "begun", "indices": _sparse(proposal.indices)}
         )
 
     def keep_judgement(
@@ -229,7 +231,7 @@ class Study:
         """Note what judging found, after so many seconds of search; it may still be measured."""
         self._log.append(
             {
-                _CANDIDATE: proposal.candidate, "state": "judged", _ORDER: proposal.number,
+                CANDIDATE: proposal.candidate, "state": "judged", ORDER: proposal.number,
                 "indices": _sparse(proposal.indices), "judgement": dict(judgement),
                 FINISHED_S: round(spent_s, 2),
             }
@@ -244,9 +246,9 @@ class Study:
     def start(self, proposal: Proposal) -> None:
         """Note that a plan is about to be built and measured."""
         attributes = {
-            _CANDIDATE: proposal.candidate,
-            _ORDER: proposal.number,
-            _INTERRUPTED: self._interruptions.get(proposal.candidate, 0),
+            CANDIDATE: proposal.candidate,
+            ORDER: proposal.number,
+            INTERRUPTED: self._interruptions.get(proposal.candidate, 0),
         }
         self._ids[proposal.candidate] = self._record.begin(
             proposal.indices, self._distributions, attributes
@@ -281,7 +283,7 @@ class Study:
     def fail(self, proposal: Proposal, reason: str) -> None:
         """Record a candidate that could not be built or measured."""
         trial_id = self._started(proposal)
-        self._record.finish(trial_id, TrialState.FAIL, None, {_FAILURE: reason})
+        self._record.finish(trial_id, TrialState.FAIL, None, {FAILURE: reason})
         self._study.tell(proposal.trial, state=TrialState.FAIL)
         self._failures[proposal.candidate] = reason
         del self._ids[proposal.candidate]
@@ -308,69 +310,35 @@ class Study:
         return plan, runtime, candidate_name(plan.hash, runtime, self._profile.runtime_names[0])
 
     def _recover(self) -> None:
-        """Take in what earlier calls finished; what they left undone is tried again."""
-        found: list[tuple[int, FrozenTrial]] = []
-        interrupted: dict[str, FrozenTrial] = {}
-        for trial in self._record.trials():
-            order = int(trial.user_attrs.get(_ORDER, 0))
-            self._number = max(self._number, order)
-            name = str(trial.user_attrs[_CANDIDATE])
-            if TRAINED in trial.user_attrs:
-                self._take_trained(trial)
-            elif EVALUATION in trial.user_attrs:
-                found.append((order, self._finished(trial)))
-            elif _FAILURE in trial.user_attrs:
-                self._failures[name] = trial.user_attrs[_FAILURE]
-                if trial.state == TrialState.RUNNING:
-                    self._record.finish(trial._trial_id, TrialState.FAIL, None, {})
-            elif trial.state == TrialState.RUNNING:
-                interrupted[name] = trial
-        found += self._judged_before()
-        for _, done in sorted(found, key=lambda pair: pair[0]):
-            self._study.add_trial(done)
-        for name, trial in interrupted.items():
-            self._retry(name, trial)
-
-    def _take_trained(self, trial: FrozenTrial) -> None:
-        """One that was killed before its figures were kept is trained anew, from its checkpoint."""
-        if EVALUATION in trial.user_attrs:
-            evaluation = Evaluation.from_dict(json.loads(trial.user_attrs[EVALUATION]))
-            self._trained[evaluation.candidate] = evaluation
-            self._evaluations[evaluation.candidate] = evaluation
-        elif trial.state == TrialState.RUNNING:
-            self._record.finish(trial._trial_id, TrialState.FAIL, None, {})
-
-    def _finished(self, trial: FrozenTrial) -> FrozenTrial:
-        """A measured trial for the study in memory."""
-        evaluation = Evaluation.from_dict(json.loads(trial.user_attrs[EVALUATION]))
-        values = objective_values(evaluation, self._objectives)
-        if trial.state == TrialState.RUNNING:
-            # Killed between keeping the figures and closing the trial.
-            self._record.finish(trial._trial_id, TrialState.COMPLETE, values, {})
-        self._indices[evaluation.candidate] = trial.params
-        self._keep(evaluation)
-        attributes = {VIOLATIONS: trial.user_attrs.get(VIOLATIONS, [])}
-        return self._frozen(TrialState.COMPLETE, trial.params, values, attributes)
-
-    def _judged_before(self) -> list[tuple[int, FrozenTrial]]:
-        """Plans that were judged and not measured; those that ended the process are failures."""
-        begun: dict[str, int] = {}
-        found: list[tuple[int, FrozenTrial]] = []
-        for line in self._log.lines():
-            name = str(line[_CANDIDATE])
-            if line["state"] == "begun":
-                begun[name] = begun.get(name, 0) + 1
+        """Go on with what earlier calls finished; what they left undone is tried again."""
+        earlier = take_in(self._record, self._log, self._objectives)
+        self._number = earlier.number
+        self._failures.update(earlier.failures)
+        self._judged.update(earlier.judged)
+        told = [
+            (order, self._frozen(TrialState.PRUNED, indices, None, {}))
+            for order, indices in earlier.set_aside
+        ]
+        for done in earlier.finished:
+            evaluation = done.evaluation
+            if done.trained:
+                self._take_trained(evaluation)
                 continue
-            begun[name] = 0
-            self._number = max(self._number, int(line[_ORDER]))
-            self._judged[name] = line["judgement"]
-            if name not in self._evaluations and name not in self._failures:
-                pruned = self._frozen(TrialState.PRUNED, line["indices"], None, {})
-                found.append((int(line[_ORDER]), pruned))
-        for name, times in begun.items():
-            if times > _MOST_INTERRUPTIONS:
-                self._failures[name] = f"the search was interrupted {times} times while judging it"
-        return found
+            self._indices[evaluation.candidate] = done.indices
+            self._keep(evaluation)
+            values = objective_values(evaluation, self._objectives)
+            attributes = {VIOLATIONS: done.violations}
+            complete = self._frozen(TrialState.COMPLETE, done.indices, values, attributes)
+            told.append((done.order, complete))
+        for _, trial in sorted(told, key=lambda pair: pair[0]):
+            self._study.add_trial(trial)
+        for cut in earlier.interrupted:
+            self._interruptions[cut.candidate] = cut.times
+            self._seeds.append(dict(cut.indices))
+
+    def _take_trained(self, evaluation: Evaluation) -> None:
+        self._trained[evaluation.candidate] = evaluation
+        self._evaluations[evaluation.candidate] = evaluation
 
     def _frozen(
         self,
@@ -386,21 +354,6 @@ class Study:
             distributions=self._distributions,
             user_attrs=dict(attributes),
         )
-
-    def _retry(self, name: str, trial: FrozenTrial) -> None:
-        """Try an interrupted trial again; its row in the database is closed."""
-        times = int(trial.user_attrs.get(_INTERRUPTED, 0)) + 1
-        if times > _MOST_INTERRUPTIONS:
-            # A plan that ends the whole process each time must not stop the search for good.
-            reason = f"the search was interrupted {times} times while trying it"
-            self._record.finish(trial._trial_id, TrialState.FAIL, None, {_FAILURE: reason})
-            self._failures[name] = reason
-            return
-        # A kill between the two leads to a duplicate, which is harmless, and to no loss.
-        self._interruptions[name] = times
-        self._judged.pop(name, None)
-        self._seeds.append(dict(trial.params))
-        self._record.finish(trial._trial_id, TrialState.FAIL, None, {})
 
     def _make_sampler(self, attempt: int, *, uniform: bool) -> BaseSampler:
         """A sampler whose seed depends on what is finished only, so that a resumed run agrees."""

@@ -17,7 +17,7 @@ import numpy as np
 from autocompress.config import Objective
 from autocompress.device import DeviceProfile
 from autocompress.evaluation import Evaluation, Repeat
-from autocompress.measure.measurement import Measurement
+from autocompress.measure.measurement import CONFIDENCE_SIGMAS, Measurement
 from autocompress.measure.statistics import PLACEMENT
 from autocompress.pareto import undecided_pairs
 from autocompress.search.front import MAXIMISE, objective_ends, objective_values
@@ -25,7 +25,6 @@ from autocompress.search.front import MAXIMISE, objective_ends, objective_values
 # What is measured with an interval; all other objectives count as exact.
 UNCERTAIN: tuple[Objective, ...] = ("latency", "energy")
 _MOST_MEASUREMENTS = 8
-_SIGMAS = 1.96
 
 
 @final
@@ -159,18 +158,14 @@ def joined(singles: Sequence[Measurement]) -> Measurement:
     if len(used) == 1:
         return used[0]
     logs = np.log([single.value for single in used])
-    deviations = np.array([max(half_width(single), PLACEMENT) for single in used]) / _SIGMAS
+    reaches = np.array([max(single.half_width, PLACEMENT) for single in used])
+    deviations = reaches / CONFIDENCE_SIGMAS
     weights = deviations**-2.0
     mean = float((weights * logs).sum() / weights.sum())
     scatter = math.sqrt(float((weights * (logs - mean) ** 2).sum()) / (len(used) - 1))
-    reach = _SIGMAS * max(1.0, scatter) / math.sqrt(float(weights.sum()))
+    reach = CONFIDENCE_SIGMAS * max(1.0, scatter) / math.sqrt(float(weights.sum()))
     ends = (math.exp(mean - reach), math.exp(mean + reach))
     return replace(used[-1], value=math.exp(mean), ci_low=ends[0], ci_high=ends[1])
-
-
-def half_width(figure: Measurement) -> float:
-    """Half the interval as a share of the value: to first order, of its logarithm."""
-    return (figure.ci_high - figure.ci_low) / (2 * figure.value)
 
 
 def describe_pairs(
@@ -214,4 +209,4 @@ def _gain(point: Evaluation, pair: Pair, precision: Precision) -> float:
 
 def _width(point: Evaluation, name: Objective) -> float:
     figure = point.speedup if name == "latency" else point.energy
-    return math.inf if figure is None else half_width(figure)
+    return math.inf if figure is None else figure.half_width

@@ -18,13 +18,12 @@ from autocompress.search.costs.factored import Factor, FactoredSum
 from autocompress.search.costs.models import CostModels
 from autocompress.search.kept_models import keep_models, observations, read_models
 from autocompress.search.measure_solved import measure_solved
-from autocompress.search.record import TrialRecord
+from autocompress.search.record import EVALUATION, TrialRecord
 from autocompress.search.run_folder import RunFolder
 from autocompress.search.solve import solve, solved_path
 from autocompress.search.solve_limits import Limits
 from autocompress.search.space import Parameter, Space
 from autocompress.search.storage import storage_of
-from autocompress.search.study import EVALUATION
 from autocompress.techniques import NETWORK, Stage
 from autocompress.techniques.filter_prune import FilterPrune
 from autocompress.techniques.precision import Precision

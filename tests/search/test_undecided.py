@@ -25,7 +25,6 @@ from autocompress.search.undecided import (
     Precision,
     describe_pairs,
     find_pairs,
-    half_width,
     join,
     joined,
     next_point,
@@ -69,7 +68,7 @@ def test_one_measurement_is_left_as_it_is():
 
 def test_no_measurement_counts_as_more_precise_than_one_process_can_be():
     found = joined([figure(2.0, 0.0)] * 4)
-    assert half_width(found) == pytest.approx(PLACEMENT / 2, rel=1e-4)
+    assert found.half_width == pytest.approx(PLACEMENT / 2, rel=1e-4)
 
 
 @given(st.lists(st.tuples(st.floats(0.5, 2), st.floats(0, 0.1)), min_size=2, max_size=6), st.data())
@@ -110,7 +109,7 @@ def test_joining_keeps_every_single_measurement_also_on_disk(make_evaluation):
     twice = join(once, second)
     assert [single.speedup.value for single in twice.repeats] == [2.0, 2.02, 2.02]
     assert twice.speedup == joined([first.speedup, second.speedup, second.speedup])
-    assert half_width(twice.energy) == pytest.approx(0.04 / math.sqrt(3), rel=1e-2)
+    assert twice.energy.half_width == pytest.approx(0.04 / math.sqrt(3), rel=1e-2)
     assert twice.metric == first.metric
     assert Evaluation.from_dict(json.loads(json.dumps(twice.to_dict()))) == twice
 
@@ -218,7 +217,7 @@ def test_measuring_ends_and_loses_no_point_of_the_true_front(make_evaluation, tr
     for pair in find_pairs(points, OBJECTIVES):
         for point in (points[pair.first], points[pair.second]):
             spent = len(point.repeats) == ROUGH.most_measurements
-            assert spent or half_width(point.speedup) <= ROUGH.floors["latency"]
+            assert spent or point.speedup.half_width <= ROUGH.floors["latency"]
     truth = [
         replace(point, speedup=figure(speed, 0.0))
         for point, speed in zip(points, speeds, strict=True)
@@ -233,7 +232,7 @@ def test_the_floor_is_half_the_target_but_no_less_than_four_processes_reach():
     assert Precision.of(CPU.model_copy(update={"measuring": rough})).floors["latency"] == 0.01
     fine = settings_.model_copy(update={"final_target_half_width": 1e-6})
     floor = Precision.of(CPU.model_copy(update={"measuring": fine})).floors["latency"]
-    assert floor == pytest.approx(half_width(joined([figure(1.0, 0.0)] * 4)), rel=1e-4)
+    assert floor == pytest.approx(joined([figure(1.0, 0.0)] * 4).half_width, rel=1e-4)
 
 
 # The loop that measures
@@ -356,7 +355,7 @@ def test_what_cannot_be_told_apart_ends_at_the_floor_and_is_said(tmp_path, final
     judged = bench.judge()
     assert len(judged["a"].repeats) == len(judged["b"].repeats)
     spent = len(judged["a"].repeats) == Precision.of(CPU).most_measurements
-    assert spent or half_width(judged["a"].speedup) <= FLOOR
+    assert spent or judged["a"].speedup.half_width <= FLOOR
     (note,) = bench.notes.texts
     assert note.startswith("1 pair of the front's points cannot be told apart in latency")
     assert "ended early" not in note

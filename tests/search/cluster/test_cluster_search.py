@@ -24,10 +24,9 @@ from autocompress.evaluation import Evaluation
 from autocompress.search.cluster import connect
 from autocompress.search.history import read_history
 from autocompress.search.prepare import Options
-from autocompress.search.record import TrialRecord
+from autocompress.search.record import EVALUATION, TrialRecord
 from autocompress.search.run import run_search
 from autocompress.search.storage import storage_of
-from autocompress.search.study import EVALUATION
 
 DIGITS = Path(__file__).parents[3] / "experiments" / "digits.yaml"
 
