@@ -26,6 +26,7 @@ from torch import nn
 
 from autocompress.errors import ExportError
 from autocompress.graph import Layer
+from autocompress.graph.recurrent import Recurrent
 
 _BATCH = 32
 _METHODS = (
@@ -65,7 +66,7 @@ def advised_options(network: nn.Module, layers: Sequence[Layer]) -> StockOptions
     """
     tokens = sum(x.macs for x in layers if x.kind == "linear" and x.positions > 1)
     rest = sum(x.macs for x in layers) - tokens
-    recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
+    recurrent = any(isinstance(module, (nn.RNNBase, Recurrent)) for module in network.modules())
     return StockOptions("dynamic" if recurrent or tokens > rest else "static")
 
 

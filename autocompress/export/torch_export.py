@@ -15,11 +15,14 @@ import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
+from onnxscript import ir
+from onnxscript.optimizer import optimize_ir
+from onnxscript.rewriter.onnx_fusions import fuse
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autocompress.errors import ExportError
-from autocompress.export.edit import drop_initializers
+from autocompress.export.edit import TABLE_OPERATOR, drop_initializers
 from autocompress.onnx_sizes import note_sizes
 from autocompress.workload import Axes, axis_sizes
 from autocompress.workload.inputs import BATCH_AXIS
@@ -65,11 +68,30 @@ def _export(
     with _quiet():
         program = torch.onnx.export(
             network, inputs, dynamo=True, verbose=False,
-            dynamic_shapes=_free_axes(network, len(inputs), axes),
+            dynamic_shapes=_free_axes(network, len(inputs), axes), optimize=False,
         )  # fmt: skip
-    assert program is not None
+        assert program is not None
+        tables = _tables(network)
+        optimize_ir(program.model, should_fold=lambda node: _may_fold(node, tables))
+        fuse(program.model)
     model: onnx.ModelProto = program.model_proto
     return model
+
+
+def _tables(network: nn.Module) -> frozenset[str]:
+    """Names of the weights from which rows are gathered."""
+    named = network.named_modules(remove_duplicate=False)
+    return frozenset(f"{name}.weight" for name, m in named if isinstance(m, nn.Embedding))
+
+
+def _may_fold(node: ir.Node, tables: frozenset[str]) -> bool | None:
+    """What constants may not swallow: rows of tables, whose weights candidates bring.
+
+    A runtime folds them when it loads the file.
+    """
+    first = node.inputs[0] if node.inputs else None
+    gathers = node.op_type == TABLE_OPERATOR and first is not None and first.name in tables
+    return False if gathers else None
 
 
 @contextmanager

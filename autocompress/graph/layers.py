@@ -123,6 +123,28 @@ def run_hooked(
             handle.remove()
 
 
+def same_outputs(
+    network: nn.Module, changed: nn.Module, example_inputs: tuple[Tensor, ...]
+) -> bool:
+    """Whether a rewritten network runs, and gives what the network gives up to rounding.
+
+    Args:
+        network: in evaluation mode, and so the other.
+        example_inputs: batch in dimension 0.
+    """
+    try:
+        with torch.no_grad():
+            pairs = zip(
+                flatten_outputs(network(*example_inputs)),
+                flatten_outputs(changed(*example_inputs)),
+                strict=True,
+            )
+            return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs)
+    except Exception:
+        # A network that reads more of a module than its outputs cannot do without it.
+        return False
+
+
 def observe_layers(network: nn.Module, example_inputs: Sequence[Tensor]) -> tuple[Layer, ...]:
     """Run the network once and describe every layer that was called, in order of first call.
 

@@ -9,6 +9,7 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from autocompress.graph.layers import LAYER_TYPES, NORM_TYPES, run_hooked, sharing_modules
+from autocompress.graph.recurrent import Recurrent
 from autocompress.graph.trace import NetworkGraph
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -20,8 +21,17 @@ _REASONS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.Conv3d,), "no technique takes three-dimensional convolutions"),
     ((nn.Embedding,), "it is not called as a module, or does more than to look entries up"),
     ((nn.EmbeddingBag,), "no technique takes tables whose entries are summed"),
-    ((nn.RNNBase, nn.RNNCellBase), "a recurrent layer packs the weights of its gates together"),
-    ((nn.MultiheadAttention,), "it packs its projections into one parameter"),
+    ((Recurrent,), "only biases: its matrices stand below it"),
+    (
+        (nn.RNNBase, nn.RNNCellBase),
+        "a recurrent layer that cannot be taken apart: a cell, or with projections, or read by "
+        "more than its outputs",
+    ),
+    (
+        (nn.MultiheadAttention,),
+        "it packs its projections into one parameter, and has further keys, or is read by more "
+        "than its outputs",
+    ),
     ((*NORM_TYPES, nn.LayerNorm), "a normalization: it follows the channels of its layers"),
     ((nn.PReLU,), "an activation: it follows the channels of its layers"),
 )
@@ -111,7 +121,8 @@ def _observe_macs(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> dic
     def note(module: nn.Module, args: Any, output: Any) -> None:
         if not args or not isinstance(args[0], Tensor) or isinstance(module, nn.Embedding):
             return
-        matrices = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
+        inner = isinstance(module, Recurrent)
+        matrices = sum(p.numel() for p in module.parameters(recurse=inner) if p.dim() > 1)
         # A transposed convolution spreads its inputs, every other gathers for its outputs.
         tensor = output if isinstance(module, _CONVOLUTIONS[3:]) else args[0]
         axis = 1 if isinstance(module, _CONVOLUTIONS) else -1

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from autocompress.graph.layers import (
     LAYER_TYPES,
     NORM_TYPES,
-    flatten_outputs,
     names_of,
     run_hooked,
+    same_outputs,
     sharing_modules,
 )
 
@@ -39,18 +39,7 @@ def with_linear_layers(network: nn.Module, example_inputs: tuple[Tensor, ...]) -
     changed = copy.deepcopy(network)
     for name in names:
         changed.set_submodule(name, _linear(changed.get_submodule(name)))
-    try:
-        with torch.no_grad():
-            pairs = zip(
-                flatten_outputs(network(*example_inputs)),
-                flatten_outputs(changed(*example_inputs)),
-                strict=True,
-            )
-            same = all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs)
-    except Exception:
-        # A network that reads more of a module than its output is left with it.
-        same = False
-    return changed if same else network
+    return changed if same_outputs(network, changed, example_inputs) else network
 
 
 def _linear(module: nn.Module) -> nn.Linear:

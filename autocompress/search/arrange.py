@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from autocompress.graph.transposed import with_linear_layers
+from autocompress.graph.unpacked import with_unpacked
 from autocompress.recover.layout import channels_last, takes_channels_last
 from autocompress.workload import Split, Workload
 
@@ -17,7 +18,8 @@ def arranged(workload: Workload) -> Workload:
     Several steps read the first few samples only, and many data sets are sorted by class. The
     layout of the samples is that of everything that convolutions make of them, and networks of
     depthwise convolutions run half as long in it. Samples to train on are many, and stay as they
-    are. Linear layers under another name become plain ones.
+    are. Linear layers under another name become plain ones, and
+    modules that pack several weights come apart.
     """
     split = workload.calibration
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
@@ -25,6 +27,7 @@ def arranged(workload: Workload) -> Workload:
     if takes_channels_last(workload.network, calibration.inputs):
         calibration, search = (_channels_last(s) for s in (calibration, search))
     network = with_linear_layers(workload.network, workload.example_inputs)
+    network = with_unpacked(network, workload.example_inputs)
     return replace(workload, network=network, calibration=calibration, search_split=search)
 
 

@@ -60,7 +60,7 @@ def test_every_module_with_weights_has_techniques_or_a_reason() -> None:
     reasons = {
         "": "parameters of Mixed",
         "embed": "shares a weight with head",
-        "recurrent": "gates",
+        "recurrent": "cannot be taken apart",
         "attention": "packs its projections",
         "attention.out_proj": "not called",
         "norm": "normalization",

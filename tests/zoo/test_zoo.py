@@ -18,7 +18,15 @@ from autocompress.export.exporter import PARITY_TOLERANCE
 # What the zoo is known to be refused for, by a part of the reason.
 REFUSED: dict[str, str] = {}
 # One of each kind that needs care, for every run of the tests.
-FEW = ("detector", "functional", "repeated", "squeeze_excite", "tied_embedding")
+FEW = (
+    "detector",
+    "functional",
+    "lstm",
+    "multihead_attention",
+    "repeated",
+    "squeeze_excite",
+    "tied_embedding",
+)
 ALL = (*own_networks.NETWORKS, *hub_networks.NETWORKS)
 
 Results = dict[str, Outcome | AutocompressError]

@@ -1,0 +1,78 @@
+"""Recurrent layers whose matrices are modules of their own, which techniques can take one by one.
+
+The arithmetic stays PyTorch's own, so exported files hold one operator per layer as before.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (bool, int, float, str, type(None))
+_KINDS: tuple[type[nn.RNNBase], ...] = (nn.LSTM, nn.GRU, nn.RNN)
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether `Recurrent` can stand for a module."""
+    return type(module) in _KINDS and not cast(nn.RNNBase, module).proj_size
+
+
+@final
+class Recurrent(nn.Module):
+    """Computes what an `nn.LSTM`, `nn.GRU` or `nn.RNN` does, from the same parameters.
+
+    Its children are the matrices, by the names that the parameters had: tables of which all rows
+    are read, in their order.
+
+    Args:
+        module: one that `is_recurrent`; gives its parameters and settings, and is not changed.
+    """
+
+    rows: Tensor
+
+    def __init__(self, module: nn.RNNBase) -> None:
+        super().__init__()
+        for name, value in vars(module).items():
+            if isinstance(value, _PLAIN) and not name.startswith("_"):
+                setattr(self, name, value)
+        self._kind = cast("type[nn.LSTM]", type(module))
+        self._names = tuple(name for name, _ in module.named_parameters(recurse=False))
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1:
+                self.add_module(name, _table(parameter))
+            else:
+                self.register_parameter(name, parameter)
+        first = next(module.parameters())
+        self.register_buffer("rows", torch.arange(len(first), device=first.device), False)
+
+    def forward(self, x: Any, hx: Any = None) -> Any:
+        """As the module's own, which finds here all that it reads."""
+        return self._kind.forward(cast(nn.LSTM, self), x, hx)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: the parameters are not in one piece of memory."""
+
+    def permute_hidden(self, hidden: Any, order: Tensor | None) -> Any:
+        """A state with its samples in another order."""
+        return self._kind.permute_hidden(cast(nn.LSTM, self), hidden, order)
+
+    def check_forward_args(self, *args: Any) -> None:
+        """Do nothing: what does not fit makes the operator fail."""
+
+    def _update_flat_weights(self) -> None:
+        """Do nothing: they are read anew each time."""
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        """Matrices and biases in the operator's order."""
+        parts = [getattr(self, name) for name in self._names]
+        return [part(self.rows) if isinstance(part, nn.Module) else part for part in parts]
+
+
+def _table(parameter: nn.Parameter) -> nn.Embedding:
+    rows, columns = parameter.shape
+    table = nn.Embedding(rows, columns, device=torch.device("meta"))
+    table.weight = parameter
+    return table
