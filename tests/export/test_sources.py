@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from autocompress.export.exporter import Exporter
 from autocompress.graph import trace
+from autocompress.graph.unpacked import with_unpacked
 
 
 def exporter_of(network: nn.Module, inputs: Tensor) -> Exporter:
@@ -117,3 +119,47 @@ def test_a_weight_into_which_the_exporter_puts_a_norm_is_not_taken_for_the_netwo
     assert not exporter.export(network).fresh
     assert not exporter.export(with_changed(network, "head")).fresh
     assert exporter.export(with_changed(network, "norm")).parity < 1e-3
+
+
+class Positions(nn.Module):
+    """Rows that are the same for all inputs: a runtime may compute them once, the file may not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.head = nn.Embedding(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(x + self.places(torch.arange(x.shape[1]))))
+
+
+def test_the_graph_follows_a_table_whose_rows_are_read_in_a_fixed_order() -> None:
+    torch.manual_seed(0)
+    network = Positions()
+    exporter = exporter_of(network, torch.randn(8, 5, 6))
+    assert exporter.faults == {}
+    assert not exporter.export(with_changed(network, "places")).fresh
+
+
+class Last(nn.Module):
+    def __init__(self, cells: nn.Module) -> None:
+        super().__init__()
+        self.cells, self.head = cells, nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_the_graph_follows_each_matrix_of_a_recurrent_layer(kind: type[nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 5, 6)
+    plain = Last(kind(6, 8, num_layers=2, batch_first=True, bidirectional=True))
+    network = with_unpacked(plain.eval(), (x[:2],))
+    exporter = exporter_of(network, x)
+    assert exporter.faults == {}
+    tables = [name for name, m in network.named_modules() if isinstance(m, nn.Embedding)]
+    assert len(tables) == 8
+    for name in tables:
+        found = exporter.export(with_changed(network, name))
+        assert not found.fresh
+        assert kind.__name__ in {node.op_type for node in found.graph.model.graph.node}
