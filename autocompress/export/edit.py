@@ -38,6 +38,15 @@ def layers_of(graph: onnx.GraphProto, weight: str, *, tables: bool = False) -> l
     return readers
 
 
+def constant_tensors(graph: onnx.GraphProto) -> set[str]:
+    """What initializers alone determine; a runtime computes it when it loads the file."""
+    found = {initializer.name for initializer in graph.initializer}
+    for node in graph.node:
+        if all(name in found for name in node.input if name):
+            found.update(node.output)
+    return found
+
+
 def plain_product(node: onnx.NodeProto) -> str:
     """The bias of a matrix product `x W + b`; empty if it has none.
 

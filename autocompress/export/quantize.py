@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -13,7 +13,7 @@ from autocompress.device import DeviceProfile
 from autocompress.errors import ExportError
 from autocompress.export.codes import WeightCodes, weight_codes
 from autocompress.export.dynamic import run_dynamically
-from autocompress.export.edit import TABLE_OPERATOR, layers_of
+from autocompress.export.edit import TABLE_OPERATOR, constant_tensors, layers_of
 from autocompress.export.exporter import FloatModel, StoredIntegers
 from autocompress.export.nbits import BITS, GROUP_SIZE, OPERATOR, use_kernel
 from autocompress.export.observe import observe
@@ -69,15 +69,22 @@ def quantize(
         raise ExportError("No layer has the weight to be quantized.", given=", ".join(missing))
     model = onnx.ModelProto()
     model.CopyFrom(floating.graph.model)
-    operators = {
-        name: {node.op_type for node in layers_of(model.graph, name, tables=True)}
-        for name in chosen
-    }  # fmt: skip
+    operators = _operators(model.graph, chosen)
     labels = {name: _label(layers[name], s, operators[name], device) for name, s in chosen.items()}
     if chosen or floating.codebooks:
         _rewrite(model, floating, inputs, labels)
     labels |= dict.fromkeys(floating.codebooks, "storage only")
     return QuantizedModel(model, {layers[name]: label for name, label in labels.items()})
+
+
+def _operators(graph: onnx.GraphProto, weights: Iterable[str]) -> dict[str, set[str]]:
+    """By a weight's name what reads it; a product with a constant is part of a table."""
+    constant = constant_tensors(graph)
+
+    def kind(node: onnx.NodeProto) -> str:
+        return TABLE_OPERATOR if node.input[0] in constant else str(node.op_type)
+
+    return {name: {kind(n) for n in layers_of(graph, name, tables=True)} for name in weights}
 
 
 def _rewrite(

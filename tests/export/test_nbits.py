@@ -4,15 +4,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from marked import KERNEL_DEVICE, float_model, integers
 from models import assert_tidy, calibration, operators, optimized, relative_error, run_onnx, values
-from networks import DENSE, graph_of, make_device
+from networks import DENSE, assemble, graph_of, make_device
+from torch import Tensor, nn
 
+from autocompress.bank import Bank
+from autocompress.config import CalibrationSettings
+from autocompress.export.exporter import Exporter
 from autocompress.export.nbits import pack_blocks
 from autocompress.export.packed import stored_weight_bytes
 from autocompress.export.quantize import quantize
+from autocompress.graph import trace
+from autocompress.plan import Plan, Step
+from autocompress.techniques.low_rank import LowRank
+from autocompress.techniques.precision import Precision
 
 FOUR_BITS = integers(4, 32)
 # Inputs are rounded to 8 bits in blocks of 32.
@@ -47,6 +57,37 @@ def test_other_widths_and_groups_have_no_kernel(how) -> None:
 def test_devices_without_the_kernel_unpack() -> None:
     quantized = quantize(float_model("tokens", FOUR_BITS), calibration("tokens"), make_device())
     assert set(quantized.labels.values()) == {"storage only"}
+
+
+class Fixed(nn.Module):
+    """A table whose rows are read in a fixed order: its product with a factor is a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.head = nn.Embedding(6, 64), nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(x + self.places(torch.arange(x.shape[1]))))
+
+
+def test_what_is_computed_once_at_load_needs_no_kernel(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, x = Fixed().eval(), torch.randn(32, 6, 64)
+    graph = trace(network, (x[:2],))
+    bank = Bank(network, graph, 1, tmp_path / "bank")
+    bank.calibrate((x,), CalibrationSettings())
+    four = Precision(weight_bits=4, activation_bits=32, granularity="group")
+    steps = (
+        Step("places", LowRank(rank_ratio=0.5)), *(Step(n, four) for n in ("places", "head")),
+    )  # fmt: skip
+    stitched = assemble(bank, Plan(steps))
+    floating = Exporter(network, graph, (x[:2],), (x[:4],)).export(stitched.network)
+    quantized = quantize(floating, [x.numpy()], KERNEL_DEVICE)
+    assert quantized.labels == {
+        "places.0": "storage only", "places.1": "storage only", "head": "4-bit kernel",
+    }  # fmt: skip
+    found = operators(optimized(quantized.model, tmp_path))
+    assert found.count("MatMulNBits") == 1 and "Gather" not in found
 
 
 def test_every_group_is_stored_whole() -> None:
