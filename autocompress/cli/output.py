@@ -25,11 +25,12 @@ def make_console() -> Console:
 def print_front(run: Path, console: Console, *, everything: bool = False) -> None:
     """Print a run's front as a table and a chart."""
     from autocompress.report.chart import front_chart
-    from autocompress.report.columns import read_device, read_front
+    from autocompress.report.columns import read_cost, read_device, read_front
     from autocompress.report.device import where
     from autocompress.report.tables import front_table
 
-    frame, device = read_front(run), read_device(run)
-    width = console.width
-    console.print(front_table(frame, device=where(device), everything=everything, width=width))
-    console.print(front_chart(frame, width=width))
+    frame, device, cost = read_front(run), read_device(run), read_cost(run)
+    width, place = console.width, where(device)
+    table = front_table(frame, cost=cost, device=place, everything=everything, width=width)
+    console.print(table)
+    console.print(front_chart(frame, cost=cost, width=width))

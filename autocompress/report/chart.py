@@ -1,4 +1,4 @@
-"""The front as a scatter of characters: latency to the right, the metric upwards."""
+"""The front as a scatter of characters: a cost to the right, the metric upwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rich.text import Text
 
 from autocompress.report import figures
-from autocompress.report.columns import REFERENCES, typed_front
+from autocompress.report.columns import LATENCY, REFERENCES, typed_front
 from autocompress.report.tables import NAMES, SIGNS, STYLES
 
 _FRONT: Final = "●"
@@ -22,6 +22,9 @@ _LOG_BEYOND: Final = 5.0
 _MIN_WIDTH: Final = 40
 _MIN_HEIGHT: Final = 8
 _SMALLEST_SPAN: Final = 1e-4
+_COST: Final = "cost"
+# Of costs that are no bytes.
+_UNITS: Final = {LATENCY: "ms", "energy_mj": "mJ"}
 
 Mark = tuple[str, str]
 
@@ -40,12 +43,12 @@ class _Frame:
 
     @property
     def log(self) -> bool:
-        """Whether latency is drawn by its logarithm."""
+        """Whether the cost is drawn by its logarithm."""
         return self.right > _LOG_BEYOND * self.left > 0
 
-    def column(self, latency_ms: float) -> int:
-        """Column of a latency, 0 at the left."""
-        low, high, value = self.left, self.right, latency_ms
+    def column(self, cost: float) -> int:
+        """Column of a cost, 0 at the left."""
+        low, high, value = self.left, self.right, cost
         if self.log:
             low, high, value = np.log(low), np.log(high), np.log(value)
         share = (value - low) / (high - low) if high > low else 0.5
@@ -57,29 +60,32 @@ class _Frame:
         share = (self.top - metric) / span if span > 0 else 0.5
         return round(float(np.clip(share, 0, 1)) * (self.rows - 1))
 
-    def latency(self, share: float) -> float:
-        """Latency in ms at a share of the width."""
+    def cost(self, share: float) -> float:
+        """The cost at a share of the width."""
         if self.log:
             return float(self.left * (self.right / self.left) ** share)
         return self.left + share * (self.right - self.left)
 
 
-def front_chart(frame: pd.DataFrame, *, width: int = 100, height: int = 16) -> Text:
-    """Scatter of latency against the metric on the search split, which every row has.
+def front_chart(
+    frame: pd.DataFrame, *, cost: str = LATENCY, width: int = 100, height: int = 16
+) -> Text:
+    """Scatter of a cost against the metric on the search split, which every row has.
 
     Both references are always inside the frame. The metric's axis ends below the references and
     the upper three quarters of the front; what is worse is drawn on the lowest row as ▾, so that a
-    few useless candidates do not squash the rest. Latency is logarithmic beyond a range of 5.
+    few useless candidates do not squash the rest. The cost is logarithmic beyond a range of 5.
 
     Args:
-        frame: the columns of `front.csv`; rows without latency or metric are left out.
+        frame: the columns of `front.csv`; rows without cost or metric are left out.
+        cost: a column of it, of figures that are positive (see `read_cost`).
         width: the most columns taken, at least 40.
         height: the most rows taken, legend and axis included, at least 8.
     """
     width, height = max(width, _MIN_WIDTH), max(height, _MIN_HEIGHT)
     front = typed_front(frame)
-    known = np.isfinite(front[["latency_ms", "metric_search"]]).all(axis=1)
-    front = front[known & (front["latency_ms"] > 0)]
+    known = np.isfinite(front[[cost, "metric_search"]]).all(axis=1)
+    front = front[known & (front[cost] > 0)].rename(columns={cost: _COST})
     if front.empty:
         return Text("No point has been measured yet.")
     plot = _frame(front, columns=width - _MARGIN - 2, rows=height - 4)
@@ -96,12 +102,12 @@ def front_chart(frame: pd.DataFrame, *, width: int = 100, height: int = 16) -> T
             text.append(*cells.get((row, column), (" ", "")))
         text.append("\n")
     text.append(" " * (_MARGIN + 1) + "└" + "─" * plot.columns + "\n")
-    text.append(_latency_axis(plot))
+    text.append(_cost_axis(plot, cost))
     return text
 
 
 def _frame(front: pd.DataFrame, *, columns: int, rows: int) -> _Frame:
-    latency = front["latency_ms"].to_numpy(dtype=np.float64)
+    cost = front[_COST].to_numpy(dtype=np.float64)
     metric = front["metric_search"].to_numpy(dtype=np.float64)
     reference = front["role"].isin(REFERENCES).to_numpy()
     member = front["on_front"].to_numpy(dtype=np.bool_) & ~reference
@@ -114,8 +120,8 @@ def _frame(front: pd.DataFrame, *, columns: int, rows: int) -> _Frame:
         # All that matters lies on one level: what is worse gives the axis its length.
         bottom = float(metric.min())
     return _Frame(
-        left=float(latency.min()),
-        right=float(latency.max()),
+        left=float(cost.min()),
+        right=float(cost.max()),
         bottom=bottom,
         top=top,
         columns=columns,
@@ -129,7 +135,7 @@ def _cells(front: pd.DataFrame, plot: _Frame) -> dict[tuple[int, int], Mark]:
     rank = np.where(front["role"].isin(REFERENCES), 2, front["on_front"].astype(int))
     for index in np.argsort(rank, kind="stable"):
         row: dict[Any, Any] = front.iloc[int(index)].to_dict()
-        place = plot.row(row["metric_search"]), plot.column(row["latency_ms"])
+        place = plot.row(row["metric_search"]), plot.column(row[_COST])
         if row["role"] in REFERENCES:
             place = _free_beside(place, cells, plot)
             cells[place] = SIGNS[row["role"]], STYLES[row["role"]]
@@ -164,12 +170,14 @@ def _legend(front: pd.DataFrame) -> Text:
     return legend
 
 
-def _latency_axis(plot: _Frame) -> str:
-    """Five latencies under their columns, and the unit."""
+def _cost_axis(plot: _Frame, column: str) -> str:
+    """Five costs under their columns, and the unit."""
+    unit = _UNITS.get(column, "")
+    text = figures.number if unit else figures.byte_size
     line = [" "] * plot.columns
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        label = figures.number(plot.latency(share))
+        label = text(plot.cost(share))
         start = round(share * (plot.columns - 1)) - round(share * (len(label) - 1))
         line[start : start + len(label)] = label
-    unit = "ms, log" if plot.log else "ms"
-    return f"{unit:>{_MARGIN}}  " + "".join(line)
+    scale = ", ".join(filter(None, (unit, "log" if plot.log else "")))
+    return f"{scale:>{_MARGIN}}  " + "".join(line)

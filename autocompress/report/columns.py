@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,23 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from autocompress.config import validate
+from autocompress.config import read_yaml, validate
 from autocompress.device import Fingerprint
 from autocompress.errors import RunFolderError
 from autocompress.search.columns import COLUMNS, REFERENCES, ROLES
 
 __all__ = [
-    "COLUMNS", "REFERENCES", "ROLES", "front_rows", "read_device", "read_front", "typed_front",
+    "COLUMNS", "LATENCY", "OBJECTIVES", "REFERENCES", "ROLES", "front_rows", "read_cost",
+    "read_device", "read_front", "typed_front",
 ]  # fmt: skip
+
+LATENCY = "latency_ms"
+# By objective its column.
+OBJECTIVES: Mapping[str, str] = {
+    "metric": "metric_search", "latency": LATENCY, "energy": "energy_mj",
+    "file_bytes": "file_bytes", "download_bytes": "download_bytes",
+    "peak_memory": "peak_memory_bytes", "gpu_memory": "gpu_memory_bytes",
+}  # fmt: skip
 
 _TEXTS = ("candidate", "role", "runtime", "artifact", "plan_hash")
 _FLAGS = ("on_front", "trusted")
@@ -136,6 +146,17 @@ def read_device(run: Path) -> Fingerprint:
     if not isinstance(data, dict):
         raise RunFolderError("device.json must hold a mapping.", given=path)
     return validate(Fingerprint, data, path, RunFolderError)
+
+
+def read_cost(run: Path) -> str:
+    """The column of the first cost that a run's search goes by; latency where it does not say."""
+    try:
+        data: Any = read_yaml(run / "experiment.yaml", RunFolderError)["experiment"]
+        wanted = [OBJECTIVES[name] for name in data["objectives"]]
+    except (RunFolderError, KeyError, TypeError):
+        # Made by an earlier version, or by hand: a table needs no experiment.
+        return LATENCY
+    return next((name for name in wanted if name != OBJECTIVES["metric"]), LATENCY)
 
 
 def front_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from autocompress.plan import file_of
 from autocompress.report import figures
-from autocompress.report.columns import REFERENCES, typed_front
+from autocompress.report.columns import LATENCY, REFERENCES, typed_front
 
 SIGNS: Final = {"original": "◆", "stock_int8": "▲", "finalist": "●", "candidate": "○"}
 STYLES: Final = {
@@ -74,17 +74,27 @@ _MEMORY: Final = _Column(
     "peak\nmemory", 8, lambda row, share: figures.byte_size(row["peak_memory_bytes"])
 )
 _ON_FRONT: Final = _Column("front", 5, _front_sign, "left")
+_COST_COLUMNS: Final = {
+    "file_bytes": _FILE, "download_bytes": _DOWNLOAD, "peak_memory_bytes": _MEMORY,
+    "energy_mj": _ENERGY,
+}  # fmt: skip
 # What a narrow terminal does without, in this order.
 _EXPENDABLE: Final = (_MEMORY, _DOWNLOAD, _SEARCHED, _FILE, _ON_FRONT)
 
 
 def front_table(
-    frame: pd.DataFrame, *, device: str = "", everything: bool = False, width: int = 100
+    frame: pd.DataFrame,
+    *,
+    cost: str = LATENCY,
+    device: str = "",
+    everything: bool = False,
+    width: int = 100,
 ) -> Table:
-    """The front and all judged points by rising latency, with both reference rows.
+    """The front and all judged points by rising cost, with both reference rows.
 
     Args:
         frame: the columns of `front.csv`.
+        cost: the column that the rows go by; it is always shown.
         device: where the figures were measured; goes into the title.
         everything: also show the points that are not on the front, and a column that says which.
         width: the most columns that the table takes; under 100, figures that do not fit are left
@@ -102,7 +112,8 @@ def front_table(
     if everything:
         columns.append(_ON_FRONT)
     title = f"Front of {on_front} out of {trials} candidates, measured on {device or 'this device'}"
-    table = _table(shown, columns, share=figures.is_share(front), width=width)
+    shown = _by_cost(shown, cost)
+    table = _table(shown, columns, cost, share=figures.is_share(front), width=width)
     table.title = Text(title, style="bold")
     signs = [f"{SIGNS[role]} {text}" for role, text in NAMES.items()]
     notes = ["   ".join([*signs, f"{SIGNS['finalist']} finalist, judged on the test split"])]
@@ -115,23 +126,28 @@ def front_table(
     return table
 
 
-def compact_table(frame: pd.DataFrame, *, rows: int = 8, width: int = 100) -> Table:
+def compact_table(
+    frame: pd.DataFrame, *, cost: str = LATENCY, rows: int = 8, width: int = 100
+) -> Table:
     """The best front so far in few rows: the references and points spread along the front.
 
     Args:
         frame: the columns of `front.csv`.
+        cost: the column that the rows go by.
         rows: the most rows shown, at least 3.
         width: the most columns that the table takes.
     """
     front = typed_front(frame)
     references = front["role"].isin(REFERENCES)
-    members = front[front["on_front"] & ~references].sort_values("latency_ms", kind="stable")
+    members = _by_cost(front[front["on_front"] & ~references], cost)
     room = max(rows - int(references.sum()), 1)
     if len(members) > room:
         members = members.iloc[np.linspace(0, len(members) - 1, room).round().astype(int)]
-    shown = pd.concat([front[references], members])
+    shown = _by_cost(pd.concat([front[references], members]), cost)
     columns = [_CANDIDATE, *_when_told(front), _SEARCHED, _LATENCY, _SPEEDUP, _FILE]
-    return _table(shown, columns, share=figures.is_share(front), width=width)
+    if cost in _COST_COLUMNS and _COST_COLUMNS[cost] not in columns:
+        columns.append(_COST_COLUMNS[cost])
+    return _table(shown, columns, cost, share=figures.is_share(front), width=width)
 
 
 def _when_told(front: pd.DataFrame) -> list[_Column]:
@@ -139,11 +155,22 @@ def _when_told(front: pd.DataFrame) -> list[_Column]:
     return [_RUNTIME] if front["runtime"].nunique() > 1 else []
 
 
-def _table(shown: pd.DataFrame, columns: list[_Column], *, share: bool, width: int) -> Table:
+def _by_cost(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
+    """Rows by rising cost, then latency; unknown last."""
+    keys = list(dict.fromkeys((cost, LATENCY)))
+    ordered: pd.DataFrame = rows.sort_values(keys, kind="stable", na_position="last")
+    return ordered
+
+
+def _table(
+    shown: pd.DataFrame, columns: list[_Column], cost: str, *, share: bool, width: int
+) -> Table:
     """As many of the columns as fit, at their natural width."""
     ruler = Console(width=1000, color_system=None)
     table = _rows(shown, columns, share)
     for spare in _EXPENDABLE:
+        if spare is _COST_COLUMNS.get(cost):
+            continue
         if ruler.measure(table).maximum <= width:
             return table
         columns = [column for column in columns if column is not spare]
@@ -153,7 +180,7 @@ def _table(shown: pd.DataFrame, columns: list[_Column], *, share: bool, width: i
 
 
 def _rows(shown: pd.DataFrame, columns: list[_Column], share: bool) -> Table:
-    """Rows by rising latency (unknown last); texts are never read as rich markup."""
+    """Texts are never read as rich markup."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(
@@ -163,8 +190,7 @@ def _rows(shown: pd.DataFrame, columns: list[_Column], share: bool) -> Table:
             overflow="fold",
             no_wrap=column is not _CANDIDATE,
         )
-    ordered = shown.sort_values("latency_ms", kind="stable", na_position="last")
-    for row in ordered.to_dict(orient="records"):
+    for row in shown.to_dict(orient="records"):
         cells = {str(key): value for key, value in row.items()}
         table.add_row(
             *(Text(column.cell(cells, share)) for column in columns),

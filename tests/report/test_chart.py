@@ -35,6 +35,14 @@ def test_latency_is_linear_in_a_small_range(front: pd.DataFrame) -> None:
     assert "log" not in axis and "0.550" in axis
 
 
+def test_another_cost_has_its_own_axis(front: pd.DataFrame) -> None:
+    sizes = np.linspace(2e5, 3e6, len(front))
+    text = front_chart(front.assign(download_bytes=sizes), cost="download_bytes").plain
+    axis = text.splitlines()[-1]
+    assert axis.strip().startswith("log") and axis.rstrip().endswith("3.00 MB")
+    assert "200 kB" in axis and "ms" not in axis
+
+
 def test_useless_points_do_not_squash_the_front(front: pd.DataFrame) -> None:
     rows = [line for line in body(front) if "●" in line or "▾" in line]
     assert len(rows) >= 3

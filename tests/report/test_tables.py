@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -12,7 +15,7 @@ from rich.text import Text
 
 from autocompress.report import figures
 from autocompress.report.chart import front_chart
-from autocompress.report.columns import COLUMNS
+from autocompress.report.columns import COLUMNS, read_cost
 from autocompress.report.tables import compact_table, front_table
 
 
@@ -129,3 +132,28 @@ def test_units() -> None:
     assert figures.points(-0.001) == "-0.00"
     assert figures.metric(0.9241, share=True) == "92.41 %"
     assert figures.metric(37.251, share=False) == "37.25"
+
+
+def test_rows_go_by_the_cost_that_was_searched_and_show_it(front: pd.DataFrame) -> None:
+    sizes = np.random.default_rng(0).permutation(len(front)) * 1e4 + 1e4
+    frame = front.assign(download_bytes=sizes)
+    shown = lines(front_table(frame, cost="download_bytes", everything=True, width=80))
+    assert any("coded" in line for line in shown)
+    names = [line.split()[1] for line in shown if line[:1] in "◆▲●○◌·" and line]
+    order = frame.sort_values("download_bytes")["candidate"].tolist()
+    found = [name for name in names if name in order]
+    assert found == [name for name in order if name in found] and len(found) > 3
+    assert any("coded" in line for line in lines(compact_table(frame, cost="download_bytes")))
+
+
+def test_the_cost_is_that_of_the_experiment(tmp_path: Path) -> None:
+    assert read_cost(tmp_path) == "latency_ms"
+    for objectives, column in (
+        (["metric", "download_bytes"], "download_bytes"),
+        (["metric", "latency", "file_bytes"], "latency_ms"),
+        (["peak_memory", "metric"], "peak_memory_bytes"),
+        (["metric"], "latency_ms"),
+    ):
+        text = json.dumps({"experiment": {"objectives": objectives}})
+        (tmp_path / "experiment.yaml").write_text(text)
+        assert read_cost(tmp_path) == column
