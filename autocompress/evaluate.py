@@ -14,20 +14,19 @@ from torch import nn
 from autocompress.build import BASELINE, Artifact, Builder, Stopwatch
 from autocompress.device import DeviceProfile, Fingerprint
 from autocompress.errors import ExportError
-from autocompress.evaluation import SHARE, Evaluation, Repeat, SplitName
+from autocompress.evaluation import Evaluation, Repeat, SplitName
 from autocompress.export.coding.beside import Coding
 from autocompress.files import write_json
 from autocompress.measure.client import Subject, Worker
 from autocompress.measure.host_interface import Host
 from autocompress.measure.latency import PairedLatency
-from autocompress.measure.measurement import CONFIDENCE_SIGMAS, Measurement
+from autocompress.measure.measurement import Measurement
 from autocompress.measure.memory import peak_memory
 from autocompress.measure.scoring import ScoringPool
 from autocompress.plan import Plan, candidate_name
 from autocompress.recover import Watch
-from autocompress.workload import Split, Workload, network_outputs, score, score_standard_error
-
-_SCORING_BATCH = 64
+from autocompress.scorer import Scorer
+from autocompress.workload import Workload
 
 
 @final
@@ -109,10 +108,9 @@ class Evaluator:
         pinned = profile.pinned_cores(self._timing.cores)
         self._beside = ScoringPool(profile, pinned, scratch, host)
         self._example = self._timing.store([x.numpy() for x in self._example_batch()])
-        self._splits: dict[SplitName, Path] = {}
+        self._scorer = Scorer(workload, self._timing, self._baseline)
         self._built: dict[str, Artifact] = {}
         self._codings: dict[Path, Coding] = {}
-        self._original_outputs: dict[SplitName, tuple[Any, ...]] = {}
 
     def __enter__(self) -> Evaluator:
         return self
@@ -301,7 +299,7 @@ class Evaluator:
         with clock.step("metric"):
             # Nothing is built beside reference points, whose plan is empty.
             pool = self._scoring if final or not plan.steps else self._beside
-            metric = self._metric(subject, split, pool)
+            metric, seen = self._scorer.score(subject, split, pool)
         with clock.step("latency"):
             paired = self._timing.compare(
                 self._baseline, subject, self._example, final=final, seed=0
@@ -310,7 +308,7 @@ class Evaluator:
         if final or self._extras.memory:
             with clock.step("memory"):
                 memory = peak_memory(subject, self._example, self._profile, self._host)
-        details = dict(artifact.details) | _circumstances(paired)
+        details = dict(artifact.details) | seen | _circumstances(paired)
         energy = self._energy(subject, clock, details, final=final)
         self._keep_samples(f"{candidate}-{split}", paired)
         return Evaluation(
@@ -333,30 +331,6 @@ class Evaluator:
     @property
     def _baseline(self) -> Subject:
         return Subject(self._builder.path(BASELINE), self._profile.runtime_names[0])
-
-    def _metric(self, subject: Subject, split: SplitName, pool: ScoringPool) -> Measurement:
-        data = self._split(split)
-        if split not in self._splits:
-            self._splits[split] = self._timing.store(data.numpy_inputs())
-        outputs = pool.predict(subject, self._splits[split], _SCORING_BATCH)
-        metric = self._workload.metric
-        value = score(metric, outputs, data.targets, self._reference_outputs(split))
-        error = score_standard_error(metric, value, len(data))
-        spread = 0.0 if error is None else CONFIDENCE_SIGMAS * error
-        low, high = (value - spread, value + spread) if error is not None else (math.nan, math.nan)
-        unit = SHARE if self._workload.class_scores else "metric"
-        return Measurement(value, low, high, unit, "measured", self.fingerprint.id)
-
-    def _reference_outputs(self, split: SplitName) -> tuple[Any, ...] | None:
-        if self._workload.metric != "agreement":
-            return None
-        if split not in self._original_outputs:
-            inputs = self._split(split).inputs
-            self._original_outputs[split] = network_outputs(self._workload.network, inputs)
-        return self._original_outputs[split]
-
-    def _split(self, split: SplitName) -> Split:
-        return self._workload.search_split if split == "search" else self._workload.test_split
 
     def _example_batch(self) -> Sequence[Any]:
         """One batch of real inputs: latency may depend on the data."""

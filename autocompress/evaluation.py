@@ -11,6 +11,10 @@ from autocompress.measure.measurement import Measurement
 # The unit of accuracy and agreement; a user's metric has its own.
 SHARE = "share"
 SplitName = Literal["search", "test"]
+# In the details of what was measured on the search split: how far the outputs are from the
+# original's (see `workload.output_loss`), the share of decisions that changed, and of how many
+# samples.
+OUTPUT_LOSS, CHANGED, SAMPLES = "output_loss", "changed_share", "samples"
 
 
 @final

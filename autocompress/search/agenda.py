@@ -15,8 +15,10 @@ from autocompress.config import Objective
 from autocompress.errors import SearchError
 from autocompress.evaluation import Evaluation
 from autocompress.search.costs.models import CostModels
+from autocompress.search.front import front_mask
 from autocompress.search.judge import Interval, Judge, Judgement, Seen
 from autocompress.search.promotion import FrontGain, Judged, Pool
+from autocompress.search.steadied import steadied
 from autocompress.search.study import Proposal, Study
 from autocompress.techniques import technique_of
 
@@ -86,6 +88,7 @@ class Agenda:
         # Plans that a sample tells nothing about.
         self._unjudged: deque[Proposal] = deque()
         self._gain: FrontGain | None = None
+        self._known_front: list[Evaluation] | None = None
         self._exhausted = False
         self._under_way = self._judged = self._since_promising = self._failed_in_a_row = 0
 
@@ -131,7 +134,7 @@ class Agenda:
     def judge(self, proposal: Proposal, seen: Sequence[Seen]) -> Judgement:
         """What is thought of a plan by what its network made of some samples."""
         predicted = self._costs.predict(proposal.indices, proposal.runtime)
-        return self._judge.judge(seen, predicted, self._study.evaluations_on_front)
+        return self._judge.judge(seen, predicted, self._front())
 
     def promises(self, judgement: Judgement) -> bool:
         """Whether a plan is expected to lie beyond the front."""
@@ -168,7 +171,7 @@ class Agenda:
         self._costs.observe(task.proposal.indices, evaluation)
         if task.judgement is not None:
             self._judge.learn(task.judgement, evaluation)
-        self._gain = None
+        self._gain = self._known_front = None
         self._failed_in_a_row = 0
         self._under_way -= 1
         self._outcome.finished(evaluation)
@@ -208,11 +211,20 @@ class Agenda:
         self._under_way += 1
         return task
 
+    def _front(self) -> list[Evaluation]:
+        """The front of what was measured, untrained; luck must not keep better plans away."""
+        if self._known_front is None:
+            trained = self._study.trained
+            own = [e for e in self._study.evaluations if e.candidate not in trained]
+            points = steadied(own, self._original)
+            mask = front_mask(points, self._judge.objectives)
+            self._known_front = [e for e, on in zip(points, mask, strict=True) if on]
+        return self._known_front
+
     def _front_gain(self) -> FrontGain:
         if self._gain is None:
-            measured = self._study.evaluations_on_front
             self._gain = FrontGain(
-                measured, self._original, self._judge.objectives, self._outcome.excess
+                self._front(), self._original, self._judge.objectives, self._outcome.excess
             )
         return self._gain
 
@@ -222,7 +234,7 @@ class Agenda:
         impatient = self._exhausted or self._since_promising >= _PATIENCE
         taken, gone = self._pool.take(
             self._front_gain(),
-            self._study.evaluations_on_front,
+            self._front(),
             self._judge.objectives,
             anything=impatient,
         )

@@ -11,6 +11,7 @@ from autocompress.config import Objective
 from autocompress.evaluation import Evaluation
 from autocompress.pareto import hypervolume
 from autocompress.search.front import MAXIMISE, front_mask, objective_values
+from autocompress.search.steadied import steadied
 
 # Shares of the original's metric: most users stop at the first; past the second nothing is left.
 _USEFUL_LOSS = 0.05
@@ -27,38 +28,39 @@ def choose_finalists(
 ) -> list[Evaluation]:
     """The members of the front that cover its useful part best, the most important first.
 
+    The metrics that choose are steadied (see `steadied`): on few samples a front is mostly luck.
     Greedy: each adds the most hypervolume to those before it (Guerreiro et al. 2016: at least
     1 - 1/e of the best subset), with the reference point 5 % below the original's metric and a
-    little worse in the rest. Places that are left go to the members with the best metric, down to
-    20 % below the original's. If every member has lost more, the best one is judged alone.
+    little worse in the rest. Up to a quarter of the places goes to points off the front that beat
+    the rival in every objective, the best metric first: the front keeps the luckiest of nearly
+    equal points, and on new data another of them may be the one that really beats the rival.
 
-    Up to a quarter of the places goes to points off the front that beat the rival in every
-    objective, the best metric first: the front keeps the luckiest of nearly equal points, and on
-    new data another of them may be the one that really beats the rival. Places that are left then
-    go to points that would be on the front if their metric were a standard error higher: on few
-    samples a front is mostly luck.
+    Places that are left go to points in the useful part that would be on the front if their metric
+    were a standard error higher, then to the members with the best metric, down to 20 % below the
+    original's. If every member has lost more, the best one is judged alone.
 
     Args:
         original: the original network on the search split.
         rival: the stock tool's point on the search split, if there is one.
     """
-    mask = front_mask(evaluations, objectives)
-    members = [e for e, on in zip(evaluations, mask, strict=True) if on]
+    measured = {e.candidate: e for e in evaluations}
+    every = steadied([*evaluations, *([rival] if rival else [])], original)
+    points = every[: len(evaluations)]
+    rival = every[-1] if rival else None
+    mask = front_mask(points, objectives)
+    members = [e for e, on in zip(points, mask, strict=True) if on]
     members.sort(key=lambda e: -e.metric.value)
     level = original.metric.value
     alive = [e for e in members if e.metric.value >= level - _LARGEST_LOSS * abs(level)]
-    off = [e for e, on in zip(evaluations, mask, strict=True) if not on]
+    off = [e for e, on in zip(points, mask, strict=True) if not on]
     contenders = _better_than(rival, off, objectives)[: count // 4] if rival else []
-    places = count - len(contenders)
-    chosen = _greedy_cover(alive, original, objectives, places)
-    rest = [e for e in alive if e not in chosen]
-    found = [*[*chosen, *rest][:places], *contenders]
+    found = _greedy_cover(alive, original, objectives, count - len(contenders))
+    found += contenders
     useful = [e for e in off if e.metric.value >= level - _USEFUL_LOSS * abs(level)]
-    others = [e for e in useful if e not in contenders and _may_be_better(e, members, objectives)]
-    places = count - len(found)
-    found += _greedy_cover(others, original, objectives, places)
-    found += [e for e in others if e not in found][: count - len(found)]
-    return found or members[:1]
+    others = [e for e in useful if e not in found and _may_be_better(e, members, objectives)]
+    found += _greedy_cover(others, original, objectives, count - len(found))
+    found += [e for e in (*others, *alive) if e not in found][: count - len(found)]
+    return [measured[e.candidate] for e in found or members[:1]]
 
 
 def _may_be_better(

@@ -23,8 +23,8 @@ from autocompress.evaluation import SHARE, Evaluation
 from autocompress.recover.autocast import bf16_pays
 from autocompress.search.front import MAXIMISE, objective_values
 from autocompress.search.limits import Figure, Limit, estimated_violations
-from autocompress.search.output_loss import output_loss
 from autocompress.workload import Split, Workload, network_outputs, score
+from autocompress.workload.output_loss import output_loss
 from autocompress.workload.types import Array
 
 _FURTHER = 192

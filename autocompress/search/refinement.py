@@ -13,13 +13,13 @@ from autocompress.errors import AutocompressError
 from autocompress.search.context import SearchContext
 from autocompress.search.costs.factored import FactoredSum
 from autocompress.search.judge import rough_tensors
-from autocompress.search.output_loss import output_loss
 from autocompress.search.prepare import Prepared
 from autocompress.search.record import JudgedLog
 from autocompress.search.seeding.lagrangian import frontier
 from autocompress.search.seeding.spdy import PlanKey, RefineSettings, Scorer, plan_key, refine
 from autocompress.search.starting import FRONTIER, Seed, Start
 from autocompress.search.study import RUNTIME, Study
+from autocompress.workload.output_loss import output_loss
 
 # Plans that are refined: those whose summed loss is nearest to these, in nats.
 _REFINED_AT = (0.02, 0.06, 0.2)

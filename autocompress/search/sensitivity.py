@@ -27,9 +27,9 @@ from autocompress.files import user_cache, write_json
 from autocompress.plan import Decision
 from autocompress.search.beside import run_beside
 from autocompress.search.costs.factored import Factor, FactoredSum
-from autocompress.search.output_loss import output_loss
 from autocompress.search.space import Parameter, Space
 from autocompress.techniques import NETWORK
+from autocompress.workload.output_loss import output_loss
 
 # Multiply-accumulates of all passes together, as far as the limits of the samples allow.
 _WORK = 3e11

@@ -26,13 +26,13 @@ from autocompress.search.costs.models import CostModels
 from autocompress.search.costs.probes import Probing, quick_profile
 from autocompress.search.judge import rough_tensors
 from autocompress.search.kept_models import keep_models
-from autocompress.search.output_loss import constant_loss
 from autocompress.search.prepare import Prepared
 from autocompress.search.seeding.lagrangian import Solution, frontier
 from autocompress.search.seeds import uniform_seeds
 from autocompress.search.sensitivity import SensitivityRun, sensitivity_folder
 from autocompress.search.study import RUNTIME, Study
 from autocompress.techniques import NETWORK, Stage
+from autocompress.workload.output_loss import constant_loss
 
 # Plans of a frontier, from the unchanged network to the cheapest; many change too much to be used.
 FRONTIER = 24

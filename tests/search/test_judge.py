@@ -22,8 +22,8 @@ from autocompress.search.judge import (
     is_dominated,
     mean_difference,
 )
-from autocompress.search.output_loss import output_loss
 from autocompress.workload import Split, Workload
+from autocompress.workload.output_loss import output_loss
 
 OBJECTIVES = ("metric", "latency", "file_bytes")
 

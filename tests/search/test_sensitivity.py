@@ -22,7 +22,6 @@ from autocompress.graph.layers import observe_layers
 from autocompress.plan import Decision
 from autocompress.search import sensitivity
 from autocompress.search.beside import run_beside
-from autocompress.search.output_loss import constant_loss, output_loss
 from autocompress.search.sensitivity import (
     Change,
     Sensitivities,
@@ -38,6 +37,7 @@ from autocompress.techniques.filter_prune import FilterPrune
 from autocompress.techniques.low_rank import LowRank
 from autocompress.techniques.precision import Precision
 from autocompress.techniques.stock import StockQuantizer
+from autocompress.workload.output_loss import constant_loss, output_loss
 
 DROP = BlockDrop(drop=True)
 INT8 = Precision(weight_bits=8, activation_bits=8)

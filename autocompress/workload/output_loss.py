@@ -8,13 +8,18 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from autocompress.workload.types import Array
+
 _TINY = 1e-12
 
 
 def output_loss(
     original: Sequence[Tensor], changed: Sequence[Tensor], *, class_scores: bool
 ) -> float:
-    """How far outputs are from the original's; see `Sensitivities.losses`.
+    """How far outputs are from the original's.
+
+    Of class scores the mean Kullback-Leibler divergence in nats, of the first output; else the
+    squared error as a share of the outputs' mean square, on average over floating outputs.
 
     Args:
         original: flat list of outputs, samples in dimension 0; likewise `changed`.
@@ -33,6 +38,11 @@ def output_loss(
         loss = float(np.mean(shares)) if shares else 0.0
     # A network that overflows is as far off as can be.
     return max(loss, 0.0) if np.isfinite(loss) else 1e6
+
+
+def changed_share(original: Array, changed: Array) -> float:
+    """The share of decisions that differ; both of class scores, shape (n, classes, ...)."""
+    return float((original.argmax(1) != changed.argmax(1)).mean())
 
 
 def constant_loss(outputs: Sequence[Tensor], *, class_scores: bool) -> float:
