@@ -56,7 +56,7 @@ def export_graph(
             + (" and its dynamic_axes open" if axes else ""),
             advice="see --debug for the exporter's own report",
         ) from cause
-    free_flattened_channels(model)
+    free_reshaped_channels(model)
     slim(model)
     note_sizes(model, axis_sizes(example_inputs, axes))
     return model
@@ -131,10 +131,11 @@ def _free_axes(network: nn.Module, inputs: int, axes: Sequence[Axes]) -> tuple[o
     return shapes
 
 
-def free_flattened_channels(model: onnx.ModelProto) -> None:
-    """Let a flatten take any number of channels, in place.
+def free_reshaped_channels(model: onnx.ModelProto) -> None:
+    """Let reshapes take any number of channels, in place.
 
-    The exporter writes `[-1, features]`; `[0, -1]` means the same and fits pruned networks too.
+    The exporter writes `[-1, features]` for a flatten, and `[-1, length, heads, width]` where heads
+    are split; `[0, -1]` and `[0, 0, -1, width]` mean the same and fit pruned networks too.
     """
     shapes = {
         value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
@@ -144,21 +145,31 @@ def free_flattened_channels(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         if node.op_type != "Reshape" or node.input[1] not in constants:
             continue
-        source = shapes.get(node.input[0], [])
         wanted = numpy_helper.to_array(constants[node.input[1]]).tolist()
-        features = [size for size in source[1:] if isinstance(size, int)]
-        keeps_batch = (
-            bool(source)
-            and isinstance(source[0], str)
-            and (len(features) == len(source) - 1 and wanted == [-1, math.prod(features)])
-        )
-        if keeps_batch:
+        free = _free_shape(shapes.get(node.input[0], []), wanted)
+        if free is not None:
             name = f"{node.output[0]}_shape"
-            model.graph.initializer.append(numpy_helper.from_array(np.array([0, -1]), name))
+            model.graph.initializer.append(numpy_helper.from_array(np.array(free), name))
             node.input[1] = name
             set_attribute(node, "allowzero", 0)
     used = {name for node in model.graph.node for name in node.input}
     drop_initializers(model.graph, {i.name for i in model.graph.initializer} - used)
+
+
+def _free_shape(source: Sequence[str | int], wanted: Sequence[int]) -> list[int] | None:
+    """A shape that keeps the batch and takes the first size that changes from the others.
+
+    None where it is not known that the batch stays, or nothing changes.
+    """
+    sizes = [size for size in source[1:] if isinstance(size, int)]
+    kept = bool(source) and isinstance(source[0], str) and len(sizes) == len(source) - 1
+    if not kept or not wanted or wanted[0] != -1 or math.prod(sizes) != math.prod(wanted[1:]):
+        return None
+    pairs = enumerate(zip(sizes, wanted[1:], strict=False), 1)
+    first = next((place for place, (a, b) in pairs if a != b), min(len(source), len(wanted)))
+    if first >= len(wanted):
+        return None
+    return [0] * first + [-1] + list(wanted[first + 1 :])
 
 
 def slim(model: onnx.ModelProto) -> onnx.ModelProto:

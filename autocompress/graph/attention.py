@@ -81,14 +81,15 @@ class Attention(nn.Module):
             shares = shares.mean(1) if average_attn_weights else shares
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, mask, rate)
-        out = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        out = self.out_proj(mixed.transpose(1, 2).reshape(*query.shape[:2], -1))
         if not batched:
             return out.squeeze(0), None if shares is None else shares.squeeze(0)
         return (out if self.batch_first else out.transpose(0, 1)), shares
 
     def _heads(self, x: Tensor) -> Tensor:
         """Shape (batch, length, heads * head_dim) to (batch, heads, length, head_dim)."""
-        return x.reshape(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
+        # Exported graphs must not hold the number of heads.
+        return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
     def _mask(
         self, every: Tensor | None, padding: Tensor | None, dtype: torch.dtype
