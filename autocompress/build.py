@@ -26,7 +26,7 @@ from autocompress.export.stock import StockOptions, advised_options, stock_quant
 from autocompress.files import write_whole
 from autocompress.plan import Plan
 from autocompress.recover import BatchNormRepair, Trainer, Watch, recovery_of
-from autocompress.recover.autocast import bf16_pays
+from autocompress.recover.autocast import takes_bf16
 from autocompress.techniques import LayerTechnique, Stage, consistent, technique_of
 from autocompress.techniques.equalize import Equalize, equalize
 from autocompress.techniques.stock import StockQuantizer
@@ -96,7 +96,7 @@ class Builder:
             bank.network,
             self._calibration,
             settings.repair_samples,
-            bf16=bf16_pays(self._calibration[0].device),
+            bf16=takes_bf16(bank.network, self._calibration),
         )
         order = torch.randperm(
             len(workload.search_split), generator=torch.Generator().manual_seed(0)

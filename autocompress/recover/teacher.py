@@ -16,7 +16,7 @@ from autocompress.bank.store import make_key, network_hash, tensors_hash
 from autocompress.errors import WorkloadError
 from autocompress.files import write_whole
 from autocompress.graph.layers import flatten_outputs
-from autocompress.recover.autocast import bf16_pays
+from autocompress.recover.autocast import takes_bf16
 from autocompress.recover.layout import channels_last, takes_channels_last
 from autocompress.recover.schedule import epoch_batches, split_off
 from autocompress.recover.training_types import Batch, Inputs
@@ -112,7 +112,7 @@ class TeacherOutputs:
         self.seconds = 0.0
         self._network, self._inputs, self._chunks = network, inputs, chunks
         self._device = next(network.parameters()).device
-        self._bf16 = bf16_pays(self._device) if bf16 == "auto" else bf16
+        self._bf16 = takes_bf16(network, inputs) if bf16 == "auto" else bf16
         self._channels_last: bool | None = None
         self._chunk_of = torch.empty(len(inputs[0]), dtype=torch.long)
         for number, chunk in enumerate(chunks):

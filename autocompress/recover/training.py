@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from autocompress.errors import OutOfTimeError, PlanError, WorkloadError
-from autocompress.recover.autocast import bf16_pays
+from autocompress.recover.autocast import takes_bf16
 from autocompress.recover.checkpoint import (
     CheckpointFile,
     TrainingState,
@@ -115,7 +115,7 @@ class _Loop:
         self._file = CheckpointFile(
             context.folder, context.identity, repr(settings), str(len(split))
         )
-        bf16 = bf16_pays(self._device) if settings.bf16 == "auto" else settings.bf16
+        bf16 = takes_bf16(network, split.inputs) if settings.bf16 == "auto" else settings.bf16
         self._state = TrainingState(bf16)
         self._saved_at = self._counted_at = time.monotonic()
 

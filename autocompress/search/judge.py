@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from autocompress.build import Builder, Tried
 from autocompress.config import Objective
 from autocompress.evaluation import SHARE, Evaluation
-from autocompress.recover.autocast import bf16_pays
+from autocompress.recover.autocast import takes_bf16
 from autocompress.search.front import MAXIMISE, objective_values
 from autocompress.search.limits import Figure, Limit, estimated_violations
 from autocompress.workload import Split, Workload, network_outputs, score
@@ -182,9 +182,8 @@ class Sample:
 
 
 def rough_outputs(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Array, ...]:
-    """As `network_outputs`, in bf16 where that pays: good enough to judge by."""
-    device = inputs[0].device
-    with torch.autocast(device.type, torch.bfloat16, bf16_pays(device)):
+    """As `network_outputs`, in bf16 where that works: good enough to judge by."""
+    with torch.autocast(inputs[0].device.type, torch.bfloat16, takes_bf16(network, inputs)):
         return network_outputs(network, inputs)
 
 

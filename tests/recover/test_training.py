@@ -28,8 +28,9 @@ from autocompress.errors import (
     RunFolderError,
     WorkloadError,
 )
+from autocompress.recover import autocast as autocast_module
 from autocompress.recover import training as training_module
-from autocompress.recover.autocast import bf16_pays
+from autocompress.recover.autocast import bf16_pays, takes_bf16
 from autocompress.recover.schedule import epoch_batches, learning_rate_share, split_off
 from autocompress.recover.training import (
     Batch,
@@ -201,15 +202,37 @@ def test_the_automatic_choice_of_bf16_outlives_a_move_to_another_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = replace(FAST, bf16="auto")
-    monkeypatch.setattr(training_module, "bf16_pays", lambda device: True)
+    monkeypatch.setattr(training_module, "takes_bf16", lambda *args: True)
     whole, report = trained(settings)
     with pytest.raises(Killed):
         trained(settings, TrainingContext(tmp_path, "me", killer(8)))
-    monkeypatch.setattr(training_module, "bf16_pays", lambda device: False)
+    monkeypatch.setattr(training_module, "takes_bf16", lambda *args: False)
     resumed, report_resumed = trained(settings, TrainingContext(tmp_path, "me"))
     assert report.bf16 and report_resumed.bf16 and equal(whole, resumed)
     other, report_other = trained(settings)
     assert not report_other.bf16 and not equal(whole, other)
+
+
+class Mixing(nn.Module):
+    """Its last operator takes no mixture of bf16 and fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Bilinear(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(x, x)
+
+
+def test_networks_that_do_not_run_in_bf16_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autocast_module, "bf16_pays", lambda device: True)
+    network, x = Mixing().train(), (torch.randn(4, 4),)
+    assert not takes_bf16(network, x)
+    assert all(module.training for module in network.modules())
+    assert takes_bf16(network.first, x)
+    monkeypatch.setattr(autocast_module, "bf16_pays", lambda device: False)
+    assert not takes_bf16(network.first, x)
 
 
 @pytest.mark.parametrize(("flags", "pays"), [("avx2 avx512f", False), ("avx2 avx512_bf16", True)])
