@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.graph.layers import NORM_TYPES, flatten_outputs
+from autocompress.recover.autocast import takes_bf16
 
 # Mean and variance.
 Moments = tuple[Tensor, Tensor]
@@ -138,7 +139,8 @@ class BatchNormRepair:
             norm.running_mean.copy_(new_mean)
             norm.running_var.copy_(new_variance)
 
-        return _run(network, inputs, repair, bf16=self._bf16)
+        # A candidate may hand bf16 on where the original gave fp32.
+        return _run(network, inputs, repair, bf16=self._bf16 and takes_bf16(network, inputs))
 
 
 def _run(
