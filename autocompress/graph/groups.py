@@ -16,6 +16,7 @@ from autocompress.errors import GraphError
 from autocompress.graph.blocks import dropped_blocks, is_within
 from autocompress.graph.endless import EndlessGroup, bounded_groups
 from autocompress.graph.layers import LAYER_TYPES, NORM_TYPES, flatten_outputs
+from autocompress.graph.recurrent import with_stand_ins
 
 Side = Literal["out", "in"]
 # The last part of the name of a group of attention heads, after that of its module.
@@ -145,11 +146,12 @@ def find_groups(
     Raises:
         GraphError: the network cannot be traced.
     """
-    names: dict[Any, str] = {module: name for name, module in network.named_modules()}
+    followed, standing = with_stand_ins(network)
+    names: dict[Any, str] = {module: name for name, module in followed.named_modules()}
     try:
         with torch.enable_grad():
             graph = tp.DependencyGraph().build_dependency(
-                network, example_inputs=example_inputs, verbose=False
+                followed, example_inputs=example_inputs, verbose=False
             )
         with bounded_groups():
             raw = list(_raw_groups(graph, names))
@@ -160,7 +162,8 @@ def find_groups(
             allowed="a network whose forward pass is differentiable PyTorch code",
             advice="check that network(*example_inputs) runs, and see --debug for the traceback",
         ) from cause
-    groups = [sparing(_outside_heads(group, heads), spared) for group in raw]
+    real = (_without(group, standing) for group in raw if not is_within(group.name, standing))
+    groups = [sparing(_outside_heads(group, heads), spared) for group in real]
     with torch.no_grad():
         outputs = _output_shapes(network(*example_inputs))
         tried = [
@@ -169,6 +172,14 @@ def find_groups(
         ]
     order = {name: i for i, name in enumerate(names.values())}
     return tuple(sorted((*heads, *tried), key=lambda group: order[_first_module(group)]))
+
+
+def _without(group: ChannelGroup, standing: Collection[str]) -> ChannelGroup:
+    """The group without members that stand for recurrent layers, whose channels must stay."""
+    members = tuple(m for m in group.members if not is_within(m.module, standing))
+    if len(members) == len(group.members):
+        return group
+    return replace(group, members=members, reason="a recurrent layer reads or writes its channels")
 
 
 def _raw_groups(graph: Any, names: dict[Any, str]) -> Iterator[ChannelGroup]:

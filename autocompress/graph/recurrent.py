@@ -5,6 +5,7 @@ The arithmetic stays PyTorch's own, so exported files hold one operator per laye
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast, final
 
 import torch
@@ -31,6 +32,9 @@ class Recurrent(nn.Module):
     """
 
     rows: Tensor
+    input_size: int
+    hidden_size: int
+    bidirectional: bool
 
     def __init__(self, module: nn.RNNBase) -> None:
         super().__init__()
@@ -76,3 +80,41 @@ def _table(parameter: nn.Parameter) -> nn.Embedding:
     table = nn.Embedding(rows, columns, device=torch.device("meta"))
     table.weight = parameter
     return table
+
+
+@final
+class StandIn(nn.Module):
+    """A layer with a recurrent one's inputs and outputs, through which channels can be followed.
+
+    It computes something else, and no gradient goes through its state.
+
+    Args:
+        module: what it stands for.
+    """
+
+    def __init__(self, module: Recurrent) -> None:
+        super().__init__()
+        self.__dict__["_module"] = module
+        directions = 2 if module.bidirectional else 1
+        self.mix = nn.Linear(module.input_size, directions * module.hidden_size)
+
+    def forward(self, x: Any, hx: Any = None) -> Any:
+        """Outputs of the right shape."""
+        module = cast(Recurrent, self.__dict__["_module"])
+        with torch.no_grad():
+            outputs, state = module(x, hx)
+        return (self.mix(x) if isinstance(x, Tensor) else outputs), state
+
+    def flatten_parameters(self) -> None:
+        """Do nothing."""
+
+
+def with_stand_ins(network: nn.Module) -> tuple[nn.Module, frozenset[str]]:
+    """A copy with stand-ins for recurrent layers, and the names of these; itself if it has none."""
+    names = [name for name, m in network.named_modules() if isinstance(m, Recurrent)]
+    if not names:
+        return network, frozenset()
+    changed = copy.deepcopy(network)
+    for name in names:
+        changed.set_submodule(name, StandIn(cast(Recurrent, changed.get_submodule(name))))
+    return changed, frozenset(names)

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from autocompress.graph import trace
 from autocompress.graph.attention import Attention, is_packed_attention
+from autocompress.graph.groups import remove_channels
 from autocompress.graph.owners import find_owners
 from autocompress.graph.recurrent import Recurrent, is_recurrent
 from autocompress.graph.unpacked import with_unpacked
@@ -161,3 +162,36 @@ def test_every_part_can_be_changed_or_has_a_reason() -> None:
     # Four gates, four steps of six inputs and eight states.
     assert rows["first"].macs == 4 * (4 * 8) * (6 + 8)
     assert graph.group("attention.heads").prunable
+
+
+class Spotter(nn.Module):
+    """Convolutions before, linear layers after a recurrent layer; its last state is read too."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(3, 8, 3, padding=1), nn.Conv1d(8, 6, 1)
+        self.cells = kind(6, 10, batch_first=True, bidirectional=True)
+        self.hidden, self.head = nn.Linear(40, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x).relu()).transpose(1, 2)
+        outputs, state = self.cells(x)
+        state = state[0] if isinstance(state, tuple) else state
+        x = torch.cat([outputs.mean(1), state[0], state[1]], 1)
+        return self.head(self.hidden(x).relu())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_channels_on_both_sides_of_a_recurrent_layer_can_be_pruned(kind) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 7)
+    network = with_unpacked(Spotter(kind).eval(), (x,))
+    graph = trace(network, (x,))
+    assert graph.notes == ()
+    reasons = {group.name: group.reason for group in graph.groups}
+    assert set(reasons) == {"first", "second", "hidden", "head"}
+    assert reasons["first"] == reasons["hidden"] == ""
+    assert "recurrent" in reasons["second"]
+    pruned = copy.deepcopy(network)
+    remove_channels(pruned, [(graph.group("first"), [0, 3]), (graph.group("hidden"), [5])])
+    assert pruned(x).shape == (2, 4)
