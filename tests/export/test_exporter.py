@@ -19,7 +19,7 @@ from models import (
     run_onnx,
     values,
 )
-from networks import NAMES, enliven, exporter_of, make_case, make_device, run
+from networks import NAMES, enliven, exporter_of, graph_of, make_case, make_device, run
 from onnx import numpy_helper
 from torch import Tensor, nn
 
@@ -39,13 +39,12 @@ CANDIDATES = {
     "pruned and decomposed": lambda name: all_pruned(name) + all_decomposed(name),
     "rounded": all_int8,
 }
-SKELETAL = [name for name in NAMES if name != "reshaped"]
-# Their graphs hold the number of heads.
-RESHAPING = ("attention", "fused_attention")
+# Its graph holds the number of heads: queries, keys and values come from one layer.
+RESHAPING = ("fused_attention",)
 
 
 @pytest.mark.parametrize("kind", CANDIDATES)
-@pytest.mark.parametrize("name", SKELETAL)
+@pytest.mark.parametrize("name", NAMES)
 def test_candidates_fill_the_skeleton(name: str, kind: str) -> None:
     network = candidate(name, *CANDIDATES[kind](name))
     floating = exporter_of(name).export(network)
@@ -93,12 +92,14 @@ def test_a_pruned_depthwise_convolution_has_fewer_groups() -> None:
 
 
 def test_a_channel_count_in_the_graph_is_exported_afresh() -> None:
-    exporter, case = exporter_of("reshaped"), make_case("reshaped")
-    assert not exporter.export(candidate("reshaped")).fresh
-    network = candidate("reshaped", *all_pruned("reshaped"), one("after", LowRank(rank_ratio=0.5)))
+    name = "fused_attention"
+    exporter, case = exporter_of(name), make_case(name)
+    assert not exporter.export(candidate(name)).fresh
+    network = candidate(name, *all_pruned(name), one("up", LowRank(rank_ratio=0.5)))
     floating = exporter.export(network)
     assert floating.fresh and floating.parity <= 1e-4
-    assert set(floating.graph.sites) == {"conv", "after.0", "after.1", "head"}
+    layers = {layer.name for layer in graph_of(name).layers}
+    assert set(floating.graph.sites) == layers - {"up"} | {"up.0", "up.1"}
     assert_tidy(floating.graph.model)
     for batch in (1, 3, 64):
         x = case.inputs[0][:batch]
