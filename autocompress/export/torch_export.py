@@ -159,16 +159,14 @@ def free_reshaped_channels(model: onnx.ModelProto) -> None:
 def _free_shape(source: Sequence[str | int], wanted: Sequence[int]) -> list[int] | None:
     """A shape that keeps the batch and takes the first size that changes from the others.
 
-    None where it is not known that the batch stays, or nothing changes.
+    None where it is not known that the batch stays.
     """
     sizes = [size for size in source[1:] if isinstance(size, int)]
     kept = bool(source) and isinstance(source[0], str) and len(sizes) == len(source) - 1
     if not kept or not wanted or wanted[0] != -1 or math.prod(sizes) != math.prod(wanted[1:]):
         return None
     pairs = enumerate(zip(sizes, wanted[1:], strict=False), 1)
-    first = next((place for place, (a, b) in pairs if a != b), min(len(source), len(wanted)))
-    if first >= len(wanted):
-        return None
+    first = next((place for place, (a, b) in pairs if a != b), min(len(source), len(wanted) - 1))
     return [0] * first + [-1] + list(wanted[first + 1 :])
 
 
