@@ -45,7 +45,7 @@ class Recurrent(nn.Module):
         self._names = tuple(name for name, _ in module.named_parameters(recurse=False))
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() > 1:
-                self.add_module(name, _table(parameter))
+                self.add_module(name, RecurrentMatrix(parameter))
             else:
                 self.register_parameter(name, parameter)
         first = next(module.parameters())
@@ -75,11 +75,14 @@ class Recurrent(nn.Module):
         return [part(self.rows) if isinstance(part, nn.Module) else part for part in parts]
 
 
-def _table(parameter: nn.Parameter) -> nn.Embedding:
-    rows, columns = parameter.shape
-    table = nn.Embedding(rows, columns, device=torch.device("meta"))
-    table.weight = parameter
-    return table
+@final
+class RecurrentMatrix(nn.Embedding):
+    """A matrix of a recurrent layer as a table of its rows."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        rows, columns = parameter.shape
+        super().__init__(rows, columns, device=torch.device("meta"))
+        self.weight = parameter
 
 
 @final
