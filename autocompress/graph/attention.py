@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autocompress.graph.layers import linear_of
+
 
 def is_packed_attention(module: nn.Module) -> bool:
     """Whether `Attention` can stand for a module."""
@@ -43,9 +45,9 @@ class Attention(nn.Module):
             weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
         else:
             weights = module.in_proj_weight.chunk(3)
-        q, k, v = (_linear(*pair) for pair in zip(weights, biases, strict=True))
+        q, k, v = (linear_of(*pair) for pair in zip(weights, biases, strict=True))
         self.q_proj, self.k_proj, self.v_proj = q, k, v
-        self.out_proj = _linear(module.out_proj.weight, module.out_proj.bias)
+        self.out_proj = linear_of(module.out_proj.weight, module.out_proj.bias)
 
     def forward(  # noqa: PLR0913 - the arguments of the module that it stands for
         self,
@@ -110,12 +112,3 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.is_floating_point():
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    rows, columns = weight.shape
-    layer = nn.Linear(columns, rows, bias=bias is not None, device=torch.device("meta"))
-    layer.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
-    return layer

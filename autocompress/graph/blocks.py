@@ -8,8 +8,9 @@ from typing import Any, Literal, final
 
 from torch import Tensor, nn
 
+from autocompress.graph.layers import copy_settings
+
 Container = Literal["tensor", "tuple", "list"]
-_PLAIN = (bool, int, float, str, type(None))
 
 
 @final
@@ -43,9 +44,7 @@ class PassThrough(nn.Module):
     def __init__(self, module: nn.Module, block: Block) -> None:
         super().__init__()
         self._container, self._length = block.container, block.length
-        for name, value in vars(module).items():
-            if isinstance(value, _PLAIN) and not name.startswith("_"):
-                setattr(self, name, value)
+        copy_settings(module, self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Any inputs, a tensor among them."""

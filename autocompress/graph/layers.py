@@ -15,6 +15,7 @@ LayerKind = Literal["conv", "linear", "embedding"]
 # Names that a reason lists.
 MOST_LISTED = 3
 LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.Linear)
+_PLAIN = (bool, int, float, str, type(None))
 NORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -121,6 +122,24 @@ def run_hooked(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def copy_settings(module: nn.Module, to: nn.Module) -> None:
+    """Give a module in the place of another its plain attributes, which may be read outside."""
+    for name, value in vars(module).items():
+        if isinstance(value, _PLAIN) and not name.startswith("_"):
+            setattr(to, name, value)
+
+
+def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer with copies of a weight of shape (out, in) and a bias of shape (out,)."""
+    rows, columns = weight.shape
+    layer = nn.Linear(columns, rows, bias=bias is not None, device=torch.device("meta"))
+    copied = weight.detach().clone(memory_format=torch.contiguous_format)
+    layer.weight = nn.Parameter(copied, weight.requires_grad)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+    return layer
 
 
 def same_outputs(

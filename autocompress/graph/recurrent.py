@@ -11,7 +11,8 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, nn
 
-_PLAIN = (bool, int, float, str, type(None))
+from autocompress.graph.layers import copy_settings
+
 _KINDS: tuple[type[nn.RNNBase], ...] = (nn.LSTM, nn.GRU, nn.RNN)
 
 
@@ -38,9 +39,7 @@ class Recurrent(nn.Module):
 
     def __init__(self, module: nn.RNNBase) -> None:
         super().__init__()
-        for name, value in vars(module).items():
-            if isinstance(value, _PLAIN) and not name.startswith("_"):
-                setattr(self, name, value)
+        copy_settings(module, self)
         self._kind = cast("type[nn.LSTM]", type(module))
         self._names = tuple(name for name, _ in module.named_parameters(recurse=False))
         for name, parameter in module.named_parameters(recurse=False):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from autocompress.graph.layers import (
     LAYER_TYPES,
     NORM_TYPES,
+    linear_of,
     names_of,
     run_hooked,
     same_outputs,
@@ -44,15 +45,7 @@ def with_linear_layers(network: nn.Module, example_inputs: tuple[Tensor, ...]) -
 
 def _linear(module: nn.Module) -> nn.Linear:
     weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
-    layer = nn.Linear(weight.shape[0], weight.shape[1], bias=bias is not None)
-    with torch.no_grad():
-        layer.weight.copy_(weight.T)
-        if bias is not None:
-            layer.bias.copy_(bias)
-    for made, given in ((layer.weight, weight), (layer.bias, bias)):
-        if given is not None:
-            made.requires_grad_(given.requires_grad)
-    return layer.train(module.training)
+    return linear_of(weight.T, bias).train(module.training)
 
 
 def _transposed(network: nn.Module, example_inputs: tuple[Tensor, ...]) -> list[str]:
