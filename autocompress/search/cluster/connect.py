@@ -21,6 +21,7 @@ from autocompress.device.facts import differences
 from autocompress.errors import ConfigError, DeviceError
 from autocompress.search.cluster.device_node import DeviceNode
 from autocompress.search.cluster.node_host import NodeHost
+from autocompress.search.cluster.own_folder import tidy
 
 _TIDY_S = 5.0
 _CONNECT_S = 10.0
@@ -113,6 +114,7 @@ def joined(
                 _close(node.actor)
     finally:
         ray.shutdown()
+        tidy()
 
 
 def set_variables() -> None:

@@ -6,20 +6,18 @@ Imports neither PyTorch nor Ray: a small computer needs ONNX Runtime only.
 from __future__ import annotations
 
 import platform
-import shutil
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any, final
 
 from autocompress.device import DeviceProfile
 from autocompress.errors import AutocompressError
 from autocompress.measure.host import LocalHost
 from autocompress.measure.host_interface import Child
+from autocompress.search.cluster.own_folder import NODE, OwnFolder
 
 # Texts of requests that begin so are names of files in the node's folder.
 FILE = "node-file:"
@@ -76,7 +74,8 @@ class DeviceNode:
     def __init__(self, profile: str) -> None:
         self._profile = DeviceProfile.model_validate_json(profile)
         self._host = LocalHost(self._profile)
-        self._folder = Path(tempfile.mkdtemp(prefix="autocompress-node-"))
+        self._own = OwnFolder(NODE)
+        self._folder = self._own.path
         self._children: OrderedDict[ChildKey, Child] = OrderedDict()
 
     def about(self) -> tuple[str, str]:
@@ -141,7 +140,7 @@ class DeviceNode:
         """End all children and delete all files."""
         for key in list(self._children):
             self.stop(key)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._own.remove()
 
     def _child(self, key: ChildKey) -> Child:
         child = self._children.get(key)

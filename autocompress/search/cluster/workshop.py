@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -37,6 +36,7 @@ from autocompress.recover import Watch
 from autocompress.search.agenda import reason_of
 from autocompress.search.cluster.artifacts import Location
 from autocompress.search.cluster.node_host import NodeHost
+from autocompress.search.cluster.own_folder import WORKSHOP, OwnFolder
 from autocompress.search.judge import Sample, Seen
 from autocompress.search.patience import Patience, may_pass
 from autocompress.workload import Workload
@@ -127,7 +127,9 @@ class Workshop:
         shared.location.check(platform.node())
         keep_off(shared.pinned.get(platform.node(), ()))
         self._shared = shared
-        self._folder = Path(tempfile.mkdtemp(prefix="autocompress-workshop-"))
+        # Deleted with this object.
+        self._own = OwnFolder(WORKSHOP)
+        self._folder = self._own.path
         network = shared.workload.network.eval()
         multiple = shared.profile.channel_multiple
         bank = Bank(network, shared.graph, multiple, self._folder / "bank")
