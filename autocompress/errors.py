@@ -75,7 +75,7 @@ class MeasurementError(AutocompressError):
 
 @final
 class OutOfTimeError(AutocompressError):
-    """A training that was told to stop before its end; a later call goes on from there."""
+    """A training or coding that was stopped before its end; a later call goes on."""
 
 
 @final

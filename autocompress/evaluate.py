@@ -28,6 +28,9 @@ from autocompress.recover import Watch
 from autocompress.scorer import Scorer
 from autocompress.workload import Workload
 
+# Detail that says why there is no coded size.
+NOT_CODED = "not_coded"
+
 
 @final
 @dataclass(frozen=True)
@@ -41,11 +44,6 @@ class Measured:
     evaluation: Evaluation
     coding: Coding | None
 
-    def cancel(self) -> None:
-        """End the coding; for figures that nobody waits for any more."""
-        if self.coding is not None:
-            self.coding.cancel()
-
 
 @final
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Extras:
     """Figures that cost more, taken of every candidate because the search goes by them.
 
     Attributes:
-        coded: make the coded container; else it is made of finalists only.
+        coded: make the coded container; else only that of finalists is made, once they are judged.
         energy: meter the energy.
         memory: measure the peak memory, in a fresh process.
     """
@@ -76,7 +74,7 @@ class Device:
 class Evaluator:
     """Builds and measures candidates of one workload on one device.
 
-    A context manager: its measuring workers end with it.
+    A context manager: its processes end with it.
 
     Args:
         workload: checked; its network is in evaluation mode.
@@ -110,7 +108,7 @@ class Evaluator:
         self._example = self._timing.store([x.numpy() for x in self._example_batch()])
         self._scorer = Scorer(workload, self._timing, self._baseline)
         self._built: dict[str, Artifact] = {}
-        self._codings: dict[Path, Coding] = {}
+        self._codings: dict[tuple[Path, bool], Coding] = {}
 
     def __enter__(self) -> Evaluator:
         return self
@@ -119,7 +117,9 @@ class Evaluator:
         self.close()
 
     def close(self) -> None:
-        """End the measuring workers."""
+        """End the measuring workers, and what is still being coded."""
+        for coding in self._codings.values():
+            coding.cancel()
         self._timing.close()
         self._scoring.close()
         self._beside.close()
@@ -172,7 +172,7 @@ class Evaluator:
             runtime: full name of one of the profile's runtimes.
             split: what the metric is taken on.
             final: use the profile's tighter limits and all its cores for scoring, measure the peak
-                memory, and make the coded container.
+                memory, and leave the container to `start_coding`.
 
         Raises:
             MeasurementError: the file crashes or hangs the runtime.
@@ -186,16 +186,28 @@ class Evaluator:
     ) -> Measured:
         """As `measure`, but does not wait for the container, which is made beside.
 
-        The result is for `with_code`, or to be cancelled.
+        The result is for `with_code`. No container is begun of what is final: see `start_coding`.
         """
-        coding = self._coding(artifact.path, final=final)
-        try:
-            evaluation = self._measured(artifact, plan, runtime, split, final=final)
-        except BaseException:
-            if coding is not None:
-                coding.cancel()
-            raise
-        return Measured(evaluation, coding)
+        wanted = self._extras.coded and not final
+        coding = self.start_coding(artifact.path, checked=False) if wanted else None
+        return Measured(self._measured(artifact, plan, runtime, split, final=final), coding)
+
+    def start_coding(self, model: Path, *, checked: bool) -> Coding:
+        """Begin to make a file's container, on cores that do not measure; ends with the evaluator.
+
+        Args:
+            checked: see `Coding`.
+        """
+        # A file that is measured in several runtimes has one container.
+        if (model, checked) in self._codings:
+            return self._codings[model, checked]
+        every = os.sched_getaffinity(0)
+        if self._profile.kind == "cpu" and self._host.here:
+            every = set(self._timing.cores)
+            every = every - set(self._profile.pinned_cores(self._timing.cores)) or every
+        coding = self._builder.start_coding(model, every, checked=checked)
+        self._codings[model, checked] = coding
+        return coding
 
     def with_code(self, measured: Measured) -> Evaluation:
         """Wait for the container, and add its size; or the reason, where there is no need of it.
@@ -213,9 +225,7 @@ class Evaluator:
         except ExportError as reason:
             if self._extras.coded:
                 raise
-            return replace(found, details={**found.details, "not_coded": str(reason)})
-        finally:
-            measured.coding.cancel()
+            return replace(found, details={**found.details, NOT_CODED: str(reason)})
         return replace(found, download_bytes=size, seconds={**found.seconds, **clock.seconds})
 
     def measure_again(self, evaluation: Evaluation) -> Repeat:
@@ -272,22 +282,6 @@ class Evaluator:
             )
         details |= {"idle_mw": paired.idle_mw, "meter": paired.samples.scope}
         return paired.energy()
-
-    def _coding(self, model: Path, *, final: bool) -> Coding | None:
-        """The file's container, which is made beside what is measured; None if none is wanted."""
-        if not final and not self._extras.coded:
-            return None
-        # A file that is judged in several runtimes has one container.
-        if final and model in self._codings:
-            return self._codings[model]
-        every = os.sched_getaffinity(0)
-        if self._profile.kind == "cpu" and self._host.here:
-            every = set(self._timing.cores)
-            every = every - set(self._profile.pinned_cores(self._timing.cores)) or every
-        coding = self._builder.start_coding(model, every, checked=final)
-        if final:
-            self._codings[model] = coding
-        return coding
 
     def _measured(
         self, artifact: Artifact, plan: Plan, runtime: str, split: SplitName, *, final: bool

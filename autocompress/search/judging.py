@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,21 +10,23 @@ from typing import final
 
 from autocompress.build import Artifact
 from autocompress.errors import ExportError, MeasurementError, PlanError
-from autocompress.evaluate import Evaluator, Measured
+from autocompress.evaluate import NOT_CODED, Evaluator, Measured
 from autocompress.evaluation import Evaluation
+from autocompress.export.coding.beside import Coding
 from autocompress.plan import Plan, file_of
 from autocompress.search.columns import REFERENCES
+from autocompress.search.final_codes import FinalCodes
 from autocompress.search.prepare import Prepared
 from autocompress.search.progress import Progress
 from autocompress.search.undecided import Precision, describe_pairs, join, next_point, repeat_s
 from autocompress.techniques import read_plan
 
-_JUDGING_STEPS = ("metric", "latency", "memory", "energy", "code")
+_JUDGING_STEPS = ("metric", "latency", "memory", "energy")
 # Final judging takes longer than planned now and then.
 _MARGIN = 1.1
 # Sampling of a final measurement takes about this share of its limit.
 _USUAL_SHARE = 0.5
-# Containers that are made beside what is measured; each takes a process.
+# Figures that are lost if the search is killed while their containers are made.
 _MOST_UNCODED = 4
 # A process of its own must start.
 _START_S = 2.0
@@ -35,7 +36,9 @@ _START_S = 2.0
 class Judging:
     """Judges reference points and finalists one after another; what is judged is kept at once.
 
-    Points that cannot be told apart then are measured again, see `undecided`.
+    Points that cannot be told apart then are measured again, see `undecided`. Containers are made
+    beside what is measured. A search that goes by the coded size keeps no figures without it; for
+    others they are made last, as far as there is time.
 
     Args:
         prepared: the search.
@@ -57,7 +60,8 @@ class Judging:
     ) -> None:
         self._prepared, self._evaluator, self._device = prepared, evaluator, device
         self._judged, self._remaining_s, self._progress = judged, remaining_s, progress
-        self._uncoded: deque[Measured] = deque()
+        self._codes = FinalCodes(evaluator, self._add_code)
+        self._coded = evaluator.extras.coded
 
     def one_final_s(self, searched: Sequence[Evaluation]) -> float:
         """About how long one finalist takes: as those before, or guessed from the search's own."""
@@ -80,22 +84,40 @@ class Judging:
         """
         done = {e.candidate for e in self._judged}
         self._progress.stage("judge finalists", len(finalists))
-        try:
-            for finalist in finalists:
-                if finalist.candidate not in done and not self._too_late(finalist):
-                    self._judge_one(finalist)
-                    show()
-                self._progress.advance()
-            if self._uncoded:
-                self._progress.stage("code finalists", len(self._uncoded))
-                while self._uncoded:
-                    self._add_code()
-                    self._progress.advance()
+        for finalist in finalists:
+            if finalist.candidate not in done and not self._too_late(finalist):
+                self._judge_one(finalist)
                 show()
-        finally:
-            for measured in self._uncoded:
-                measured.cancel()
+            self._progress.advance()
+        if self._coded:
+            self._code(show, lambda: None)
         self._decide(finalists, show)
+        if not self._coded:
+            self._ask_for_codes()
+            self._code(show, self._remaining_s)
+
+    def _ask_for_codes(self) -> None:
+        """Ask for the containers that an earlier call had no time for."""
+        for e in self._judged:
+            path = self._prepared.folder.path / e.artifact
+            lacks = e.download_bytes is None and NOT_CODED not in e.details
+            if lacks and e.candidate not in self._codes and path.is_file():
+                self._codes.add(e.candidate, path)
+
+    def _code(self, show: Callable[[], object], remaining_s: Callable[[], float | None]) -> None:
+        """Wait for containers, as long as there is time."""
+        self._codes.look()
+        count = len(self._codes)
+        if not count:
+            return
+        self._progress.stage("code finalists", count)
+        while left := len(self._codes):
+            seconds = remaining_s()
+            if (seconds is not None and seconds <= 0) or not self._codes.wait(seconds):
+                self._progress.note(f"no time was left for the coded sizes of {left} finalists")
+                break
+            self._progress.advance(left - len(self._codes))
+        show()
 
     def _decide(self, finalists: Sequence[Evaluation], show: Callable[[], object]) -> None:
         """Measure close points again until they are told apart or nothing more can be done."""
@@ -157,7 +179,7 @@ class Judging:
         return any(e.plan for e in self._judged)
 
     def _judge_one(self, finalist: Evaluation) -> None:
-        """Measure a finalist while containers are made beside it: its own and earlier ones."""
+        """Measure a finalist while containers of earlier ones are made beside it."""
         try:
             artifact, plan = self._file_of(finalist), _plan_of(finalist)
             measured = self._device.submit(
@@ -168,19 +190,22 @@ class Judging:
             self._tell(finalist, reason)
             return
         self._judged.append(measured.evaluation)
-        self._uncoded.append(measured)
-        while len(self._uncoded) > _MOST_UNCODED:
-            self._add_code()
+        if not self._coded:
+            self._prepared.folder.save_evaluation(measured.evaluation)
+        self._codes.add(finalist.candidate, artifact.path)
+        while self._coded and len(self._codes) > _MOST_UNCODED:
+            self._codes.wait()
 
-    def _add_code(self) -> None:
-        """Wait for the oldest container; only with its size are a finalist's figures kept."""
-        measured = self._uncoded.popleft()
-        index = self._judged.index(measured.evaluation)
+    def _add_code(self, candidate: str, coding: Coding, waited_s: float) -> None:
+        """Add the coded size to a judged point, whose figures are whole then."""
+        index = [e.candidate for e in self._judged].index(candidate)
         try:
-            found = self._evaluator.with_code(measured)
+            found = self._evaluator.with_code(Measured(self._judged[index], coding))
         except ExportError as reason:
             self._tell(self._judged.pop(index), reason)
             return
+        if self._coded:
+            found = replace(found, seconds={**found.seconds, "code": waited_s})
         self._prepared.folder.save_evaluation(found)
         self._judged[index] = found
 
@@ -195,9 +220,9 @@ class Judging:
             return Artifact(path, evaluation.details, {})
         return self._evaluator.artifact(_plan_of(evaluation))
 
-    @staticmethod
-    def _seconds(evaluation: Evaluation) -> float:
-        found = sum(evaluation.seconds.get(step, 0.0) for step in _JUDGING_STEPS)
+    def _seconds(self, evaluation: Evaluation) -> float:
+        steps = (*_JUDGING_STEPS, "code") if self._coded else _JUDGING_STEPS
+        found = sum(evaluation.seconds.get(step, 0.0) for step in steps)
         return found if math.isfinite(found) else 0.0
 
 

@@ -36,27 +36,23 @@ def measure_references(context: SearchContext) -> list[Evaluation]:
     built: dict[str, Artifact] = {}
     found: dict[str, Evaluation] = {}
     uncoded: list[Measured] = []
-    try:
-        for file, runtime in wanted:
-            name = candidate_name(file, runtime, first)
-            known = context.folder.evaluation(name, "search")
-            if known is not None:
-                found[name] = known
-            else:
-                try:
-                    if file not in built:
-                        built[file] = _build(context, file)
-                    measured = context.measure_uncoded(built[file], Plan(), runtime).result()
-                    found[name] = measured.evaluation
-                    uncoded.append(measured)
-                except (ExportError, MeasurementError) as reason:
-                    _tell(context, name, reason)
-                    continue
-            context.progress.advance()
-        _add_code(context, uncoded, found)
-    finally:
-        for measured in uncoded:
-            measured.cancel()
+    for file, runtime in wanted:
+        name = candidate_name(file, runtime, first)
+        known = context.folder.evaluation(name, "search")
+        if known is not None:
+            found[name] = known
+        else:
+            try:
+                if file not in built:
+                    built[file] = _build(context, file)
+                measured = context.measure_uncoded(built[file], Plan(), runtime).result()
+                found[name] = measured.evaluation
+                uncoded.append(measured)
+            except (ExportError, MeasurementError) as reason:
+                _tell(context, name, reason)
+                continue
+        context.progress.advance()
+    _add_code(context, uncoded, found)
     if any(e.details.get("ranges") == "dynamic" for e in found.values()):
         context.progress.note(_DYNAMIC)
     return list(found.values())

@@ -4,7 +4,6 @@ import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autocompress.device import load_profile
-from autocompress.errors import ExportError, MeasurementError
-from autocompress.evaluate import Measured
+from autocompress.errors import ExportError, MeasurementError, OutOfTimeError
+from autocompress.evaluate import NOT_CODED, Extras, Measured
 from autocompress.evaluation import Evaluation, Repeat
 from autocompress.measure.measurement import Measurement
 from autocompress.measure.statistics import PLACEMENT
@@ -255,17 +254,36 @@ class Notes:
         pass
 
 
+class StubCoding:
+    """Ends once it was waited for, if that takes no longer than it may."""
+
+    def __init__(self, takes_s, *, fails):
+        self._takes_s, self._fails, self.ended = takes_s, fails, False
+
+    def wait(self, limit_s=None):
+        if limit_s is not None and limit_s < self._takes_s:
+            raise OutOfTimeError("The file was not coded in time.")
+        self.ended = True
+        if self._fails:
+            raise ExportError("The file cannot be coded.")
+        return 7
+
+
 class StubEvaluator:
     """Measures true speeds.
 
     `fails` names candidates that cannot be measured again, `not_coded` those that cannot be coded.
     """
 
-    def __init__(self, finalists, true, fails=(), killed_after=math.inf, not_coded=()):
+    def __init__(
+        self, finalists, true, fails=(), killed_after=math.inf, not_coded=(), *, coded=False,
+        coding_s=0.0,
+    ):  # fmt: skip
         self._finalists = {e.artifact: e for e in finalists}
         self._true, self._fails, self._killed_after = true, fails, killed_after
         self._not_coded = not_coded
-        self.calls, self.uncoded, self.most_uncoded, self.cancelled = [], 0, 0, []
+        self.extras = Extras(coded=coded, energy=False)
+        self.calls, self.begun, self._coding_s = [], [], coding_s
 
     def measure_uncoded(self, artifact, plan, runtime, split, *, final):
         found = self._finalists[f"artifacts/{artifact.path.name}"]
@@ -273,17 +291,24 @@ class StubEvaluator:
         # The test split's metric is another one, and must not decide.
         metric = replace(found.metric, value=0.5)
         seconds = {"latency": 4.0, "metric": 2.0}
-        found = replace(found, split=split, speedup=speed, metric=metric, seconds=seconds)
-        self.uncoded += 1
-        self.most_uncoded = max(self.uncoded, self.most_uncoded)
-        cancel = partial(self.cancelled.append, found.candidate)
-        return Measured(found, SimpleNamespace(cancel=cancel))
+        found = replace(
+            found, split=split, speedup=speed, metric=metric, seconds=seconds, download_bytes=None
+        )
+        return Measured(found, None)
+
+    def start_coding(self, model, *, checked):
+        assert checked
+        self.begun.append(model.stem)
+        return StubCoding(self._coding_s, fails=model.stem in self._not_coded)
 
     def with_code(self, measured):
-        self.uncoded -= 1
-        if measured.evaluation.candidate in self._not_coded:
-            raise ExportError("The file cannot be coded.")
-        return replace(measured.evaluation, download_bytes=7)
+        try:
+            return replace(measured.evaluation, download_bytes=measured.coding.wait())
+        except ExportError as reason:
+            if self.extras.coded:
+                raise
+            details = {**measured.evaluation.details, NOT_CODED: str(reason)}
+            return replace(measured.evaluation, details=details)
 
     def measure_again(self, evaluation):
         if len(self.calls) >= self._killed_after:
@@ -405,26 +430,58 @@ def test_a_point_that_fails_is_left_alone(tmp_path, finalists):
 # Containers that are made beside
 
 
-def test_figures_are_kept_once_their_containers_are_made(tmp_path, make_evaluation):
-    finalists = [make_evaluation(f"c{i}", 0.95 - i / 100, 2.0 + i) for i in range(8)]
-    true = {e.candidate: e.speedup.value for e in finalists}
-    bench = Bench(tmp_path, finalists, true, not_coded=("c2", "c7"))
-    judged = bench.judge()
+@pytest.fixture
+def eight(make_evaluation):
+    return [make_evaluation(f"c{i}", 0.95 - i / 100, 2.0 + i) for i in range(8)]
+
+
+def true_speeds(finalists):
+    return {e.candidate: e.speedup.value for e in finalists}
+
+
+def test_figures_are_kept_once_their_containers_are_made(tmp_path, eight):
+    bench = Bench(tmp_path, eight, true_speeds(eight), not_coded=("c2", "c7"), coded=True)
+    most_unkept = 0
+
+    def show():
+        nonlocal most_unkept
+        kept = len(list((tmp_path / "finals").iterdir()))
+        most_unkept = max(most_unkept, len(bench.judged) - kept)
+
+    # Time is no reason to go without a figure that the search goes by.
+    judged = bench.judge(lambda: 0.0 if "code finalists" in bench.notes.stages else 1e9, show)
     assert list(judged) == ["c0", "c1", "c3", "c4", "c5", "c6"]
     assert all(e.download_bytes == 7 for e in judged.values())
-    assert bench.evaluator.uncoded == 0 and bench.evaluator.most_uncoded == 5
+    assert most_unkept == 4
     assert bench.folder.evaluation("c7", "test") is None
     assert bench.folder.evaluation("c6", "test") == judged["c6"]
     assert [text.split()[1] for text in bench.notes.texts] == ["c2", "c7"]
-    assert not bench.evaluator.cancelled
 
 
-def test_codings_end_with_a_judging_that_is_broken_off(tmp_path, finalists):
-    bench = Bench(tmp_path, finalists, {"a": 2.0, "b": 3.0, "c": 4.0})
+def test_where_the_coded_size_is_no_objective_containers_come_last(tmp_path, eight):
+    true = {**true_speeds(eight), "c1": 1.99}
+    bench = Bench(tmp_path, eight, true, not_coded=("c7",))
+    order = []
+    judged = bench.judge(show=lambda: order.append([e.download_bytes for e in bench.judged]))
+    assert order[7] == [None] * 8
+    assert bench.notes.stages == [
+        "judge finalists", "measure close points again", "code finalists",
+    ]  # fmt: skip
+    assert [judged[f"c{i}"].download_bytes for i in range(8)] == [7] * 7 + [None]
+    assert "cannot be coded" in judged["c7"].details[NOT_CODED]
+    assert judged["c1"].repeats
+    for candidate, found in judged.items():
+        assert bench.folder.evaluation(candidate, "test") == found
+    again = Bench(tmp_path, eight, true)
+    assert again.judge() == judged
+    assert again.evaluator.begun == []
 
-    def interrupted():
-        raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        bench.judge(show=interrupted)
-    assert bench.evaluator.cancelled == ["a"]
+def test_containers_that_no_time_was_left_for_are_made_by_a_later_call(tmp_path, eight):
+    bench = Bench(tmp_path, eight, true_speeds(eight), coding_s=60.0)
+    judged = bench.judge(lambda: 50.0)
+    assert len(judged) == 8 and not any(e.download_bytes for e in judged.values())
+    assert bench.notes.texts == ["no time was left for the coded sizes of 8 finalists"]
+    later = Bench(tmp_path, eight, true_speeds(eight), coding_s=60.0)
+    assert all(e.download_bytes == 7 for e in later.judge(lambda: 70.0).values())
+    assert set(later.evaluator.begun) == set(judged)

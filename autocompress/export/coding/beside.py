@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import final
 
-from autocompress.errors import ExportError
+from autocompress.errors import ExportError, OutOfTimeError
 from autocompress.export.coding.container import encode_with_sizes
 from autocompress.export.coding.files import encode_file
 from autocompress.export.coding.kept import KeptTensors
@@ -54,18 +54,27 @@ class Coding:
             )
             _move(self._child.pid, cores)
 
-    def wait(self) -> int:
+    @property
+    def ended(self) -> bool:
+        """Whether `wait` would not have to wait."""
+        return self._child is None or self._child.poll() is not None
+
+    def wait(self, limit_s: float | None = None) -> int:
         """The container's size in bytes; may be asked for several times.
 
         Meanwhile the process may also run where the waiting thread may: it measures nothing.
 
+        Args:
+            limit_s: how long to wait at most; it may be waited for again then.
+
         Raises:
             ExportError: the file cannot be coded.
+            OutOfTimeError: it takes longer.
         """
         if self._child is not None:
-            if self._child.poll() is None:
+            if not self.ended:
                 _move(self._child.pid, {*self._cores, *os.sched_getaffinity(0)})
-            complaint, code = self._complaint_of(self._child), self._child.returncode
+            complaint, code = self._complaint_of(self._child, limit_s), self._child.returncode
             if code:
                 lines = complaint.splitlines() or [f"exit code {code}"]
                 raise ExportError(f"The file cannot be coded: {lines[-1]}", given=self._source)
@@ -77,10 +86,13 @@ class Coding:
             self._child.kill()
             self._complaint_of(self._child)
 
-    def _complaint_of(self, child: subprocess.Popen[str]) -> str:
+    def _complaint_of(self, child: subprocess.Popen[str], limit_s: float | None = None) -> str:
         """What the process wrote, once it has ended."""
         if self._complaint is None:
-            self._complaint = child.communicate()[1].strip()
+            try:
+                self._complaint = child.communicate(timeout=limit_s)[1].strip()
+            except subprocess.TimeoutExpired as cause:
+                raise OutOfTimeError("It was not coded in time.", given=self._source) from cause
         return self._complaint
 
 

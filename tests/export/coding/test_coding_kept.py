@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto
 from onnx_files import model_of, raw_tensor
 
-from autocompress.errors import ExportError
+from autocompress.errors import ExportError, OutOfTimeError
 from autocompress.export.coding import decode_model, encode_file, encode_model, kept
 from autocompress.export.coding.beside import Coding
 from autocompress.export.coding.container import encode_with_sizes
@@ -159,3 +159,14 @@ def _command_lines() -> list[str]:
         with suppress(OSError):
             found.append(path.read_bytes().replace(b"\0", b" ").decode())
     return found
+
+
+def test_waiting_may_be_limited_and_gone_on_with(tmp_path: Path) -> None:
+    source = tmp_path / "model.onnx"
+    source.write_bytes(FIRST)
+    coding = Coding(source, source.with_suffix(".acz"), os.sched_getaffinity(0), checked=True)
+    # Python alone takes longer to start.
+    with pytest.raises(OutOfTimeError, match="not coded in time"):
+        coding.wait(0.0)
+    assert coding.wait() == len(encode_model(FIRST))
+    assert coding.ended
