@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,19 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from autocompress.config import read_yaml, validate
+from autocompress.config import Objective, read_yaml, validate
 from autocompress.device import Fingerprint
 from autocompress.errors import RunFolderError
 from autocompress.search.columns import COLUMNS, REFERENCES, ROLES
 
 __all__ = [
-    "COLUMNS", "LATENCY", "OBJECTIVES", "REFERENCES", "ROLES", "front_rows", "read_cost",
-    "read_device", "read_front", "typed_front",
+    "COLUMNS", "LATENCY", "OBJECTIVES", "REFERENCES", "ROLES", "cost_of", "front_rows",
+    "read_cost", "read_device", "read_front", "typed_front",
 ]  # fmt: skip
 
 LATENCY = "latency_ms"
 # By objective its column.
-OBJECTIVES: Mapping[str, str] = {
+OBJECTIVES: Mapping[Objective, str] = {
     "metric": "metric_search", "latency": LATENCY, "energy": "energy_mj",
     "file_bytes": "file_bytes", "download_bytes": "download_bytes",
     "peak_memory": "peak_memory_bytes", "gpu_memory": "gpu_memory_bytes",
@@ -152,11 +152,16 @@ def read_cost(run: Path) -> str:
     """The column of the first cost that a run's search goes by; latency where it does not say."""
     try:
         data: Any = read_yaml(run / "experiment.yaml", RunFolderError)["experiment"]
-        wanted = [OBJECTIVES[name] for name in data["objectives"]]
+        return cost_of(data["objectives"])
     except (RunFolderError, KeyError, TypeError):
         # Made by an earlier version, or by hand: a table needs no experiment.
         return LATENCY
-    return next((name for name in wanted if name != OBJECTIVES["metric"]), LATENCY)
+
+
+def cost_of(objectives: Sequence[Objective]) -> str:
+    """The column of the first cost among objectives; latency where there is none."""
+    columns = [OBJECTIVES[name] for name in objectives if name != "metric"]
+    return columns[0] if columns else LATENCY
 
 
 def front_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:

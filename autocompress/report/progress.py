@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, final
@@ -15,7 +15,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from autocompress.report.columns import REFERENCES, typed_front
+from autocompress.config import Objective
+from autocompress.report import figures
+from autocompress.report.columns import LATENCY, REFERENCES, cost_of, typed_front
 from autocompress.report.tables import compact_table
 
 _LINE_EVERY_S: Final = 10.0
@@ -117,16 +119,18 @@ class SearchDisplay:
         """Show one sentence that must not be missed; it stays above the bar."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def show_front(self, frame: pd.DataFrame) -> None:
-        """Show the best front so far; `frame` has the columns of `front.csv`."""
-        front = typed_front(frame)
+    def show_front(self, frame: pd.DataFrame, objectives: Sequence[Objective]) -> None:
+        """Show the best front so far by the first of the costs that are searched.
+
+        Args:
+            frame: has the columns of `front.csv`.
+        """
+        front, cost = typed_front(frame), cost_of(objectives)
         members = front[front["on_front"] & ~front["role"].isin(REFERENCES)]
-        fastest = members["speedup"].max()
-        self._summary = f"; front of {len(members)}"
-        if fastest == fastest:
-            self._summary += f", fastest {fastest:.2f}x"
+        self._summary = f"; front of {len(members)}{_best(members, cost)}"
         if self._live:
-            self._front = compact_table(front, width=min(self._console.width, 100))
+            width = min(self._console.width, 100)
+            self._front = compact_table(front, cost=cost, width=width)
         self._line_if_due()
 
     def _make_live(self) -> Live:
@@ -167,6 +171,18 @@ class SearchDisplay:
             self._last_line = now
             text = f"{self._stage.name}: {self._stage.describe(now)}{self._summary}"
             self._console.out(text, highlight=False)
+
+
+def _best(members: pd.DataFrame, cost: str) -> str:
+    """Such as `, fastest 3.10x` or `, least 96.2 kB`; nothing where it is not known."""
+    if cost == LATENCY:
+        fastest = members["speedup"].max()
+        return f", fastest {fastest:.2f}x" if fastest == fastest else ""
+    least = members[cost].min()
+    if least != least:
+        return ""
+    text = figures.millijoules(least) if cost == "energy_mj" else figures.byte_size(least)
+    return f", least {text}"
 
 
 def duration(seconds: float) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, final
 
 import pandas as pd
+
+from autocompress.config import Objective
 
 
 class Progress(Protocol):
@@ -19,8 +22,8 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Show one sentence that must not be missed."""
 
-    def show_front(self, frame: pd.DataFrame) -> None:
-        """Show a front with the columns of `front.csv`."""
+    def show_front(self, frame: pd.DataFrame, objectives: Sequence[Objective]) -> None:
+        """Show a front, with the columns of `front.csv`, by what it is searched for."""
 
 
 @final
@@ -36,5 +39,5 @@ class Silent:
     def note(self, text: str) -> None:
         """Nothing is shown."""
 
-    def show_front(self, frame: pd.DataFrame) -> None:
+    def show_front(self, frame: pd.DataFrame, objectives: Sequence[Objective]) -> None:
         """Nothing is shown."""

@@ -297,7 +297,7 @@ class _Search:
             write_json(folder / "failures.json", dict(self._study.failures))
         if self._study.evaluations and write:
             front.save()
-            self._context.progress.show_front(front.table())
+            self._context.progress.show_front(front.table(), objectives)
             self._written = time.monotonic()
         return front
 

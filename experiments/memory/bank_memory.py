@@ -15,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
 import pandas as pd
 
 from autocompress.build import Stopwatch
+from autocompress.config import Objective
 from autocompress.files import write_whole
 from autocompress.plan import Plan
 from autocompress.search.prepare import Options, Prepared, builder_of, fill_bank, prepare
@@ -61,7 +62,7 @@ class Phases:
     def note(self, text: str) -> None:
         """Nothing is kept."""
 
-    def show_front(self, frame: pd.DataFrame) -> None:
+    def show_front(self, frame: pd.DataFrame, objectives: Sequence[Objective]) -> None:
         """Nothing is kept."""
 
 

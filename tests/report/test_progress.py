@@ -3,10 +3,13 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
 
+from autocompress.config import Objective
+from autocompress.report.figures import byte_size
 from autocompress.report.progress import SearchDisplay, duration
 
 
@@ -46,7 +49,7 @@ def test_a_log_gets_few_plain_lines(front: pd.DataFrame, monkeypatch: pytest.Mon
         for _ in range(40):
             log.clock.now += 1
             display.advance()
-            display.show_front(front)
+            display.show_front(front, ["metric", "latency"])
     assert log.lines == [
         "statistics: finished, 4 s",
         "search: 10/40 done, 10 s of 10 min 00 s, 60.0 per minute; front of 5, fastest 8.00x",
@@ -58,6 +61,27 @@ def test_a_log_gets_few_plain_lines(front: pd.DataFrame, monkeypatch: pytest.Mon
     ]
     assert log.file.getvalue().isascii()
     assert not any(ord(sign) < 32 and sign != "\n" for sign in log.file.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("objectives", "text"),
+    [
+        (["metric"], "fastest 8.00x"),
+        (["metric", "latency", "download_bytes"], "fastest 8.00x"),
+        (["metric", "download_bytes", "latency"], "least {}"),
+        (["metric", "energy"], ""),
+    ],
+)
+def test_the_best_is_told_by_the_first_cost_that_is_searched(
+    front: pd.DataFrame, objectives: list[Objective], text: str
+) -> None:
+    log = Log()
+    with log.display() as display:
+        display.stage("search", 40)
+        display.show_front(front.assign(energy_mj=np.nan), objectives)
+    members = front[front["on_front"] & (front["role"] == "finalist")]
+    least = byte_size(members["download_bytes"].min())
+    assert log.lines[0].partition("; front of 5")[2].removeprefix(", ") == text.format(least)
 
 
 def test_an_error_ends_as_stopped() -> None:
@@ -75,7 +99,7 @@ def test_a_terminal_gets_a_bar_and_the_front(front: pd.DataFrame) -> None:
     with SearchDisplay(console) as display:
         display.stage("search", 40)
         display.advance()
-        display.show_front(front)
+        display.show_front(front, ["metric", "latency"])
         assert display._live is not None
         display._live.refresh()
     text = file.getvalue()
@@ -87,7 +111,7 @@ def test_calls_without_a_stage_do_nothing(front: pd.DataFrame) -> None:
     log = Log()
     with log.display() as display:
         display.advance()
-        display.show_front(front)
+        display.show_front(front, ["metric", "latency"])
     assert log.lines == []
 
 

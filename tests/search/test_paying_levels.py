@@ -23,7 +23,7 @@ class Notes:
     def advance(self, steps: int = 1) -> None:
         pass
 
-    def show_front(self, frame: object) -> None:
+    def show_front(self, frame: object, objectives: object) -> None:
         pass
 
     def note(self, text: str) -> None:

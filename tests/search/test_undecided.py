@@ -250,7 +250,7 @@ class Notes:
     def note(self, text):
         self.texts.append(text)
 
-    def show_front(self, frame):
+    def show_front(self, frame, objectives):
         pass
 
 
