@@ -246,7 +246,8 @@ class Builder:
     def _quantized(
         self, floating: FloatModel, plan: Plan
     ) -> tuple[onnx.ModelProto, Mapping[str, str]]:
-        inputs = [x[:_RANGE_SAMPLES].numpy() for x in self._calibration]
+        some = tuple(x[:_RANGE_SAMPLES] for x in self._calibration)
+        inputs = [x.numpy() for x in self._workload.padding.cut(some)]
         quantized = quantize(floating, inputs, self._profile)
         stock = list(plan.of(StockQuantizer.technique).values())
         choice = stock[0] if stock else None

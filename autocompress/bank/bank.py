@@ -29,6 +29,7 @@ from autocompress.techniques.technique import (
     Variant,
     bias_of,
 )
+from autocompress.workload import NO_PADDING, Padding
 
 # Of Gram matrices that are summed up together (1.5 GiB): those of BERT-base need one pass over the
 # data then, and with all else that a search holds of a network like that stay far below 8 GB.
@@ -84,13 +85,19 @@ class Bank:
         inputs: tuple[Tensor, ...],
         settings: CalibrationSettings,
         counter: Counter = _UNCOUNTED,
+        padding: Padding = NO_PADDING,
     ) -> None:
-        """Gather the statistics from calibration inputs, as far as they are not on disk."""
+        """Gather the statistics from calibration inputs, as far as they are not on disk.
+
+        Args:
+            padding: of the inputs, which is left out.
+        """
         inputs = tuple(x[: settings.statistics_samples] for x in inputs)
         self._identity = make_key(
-            _SOLVERS, network_hash(self.network), tensors_hash(inputs), settings.rows_per_layer
-        )
-        self._observations = self._observing(inputs, settings.rows_per_layer)
+            _SOLVERS, network_hash(self.network), tensors_hash(inputs), settings.rows_per_layer,
+            *padding.axes,
+        )  # fmt: skip
+        self._observations = self._observing(inputs, settings.rows_per_layer, padding)
         self._observations.gather(counter)
 
     def gather_gradients(self, counter: Counter = _UNCOUNTED) -> None:
@@ -102,8 +109,8 @@ class Bank:
         assert self._observations is not None
         self._observations.gather_gradients(counter)
 
-    def _observing(self, inputs: tuple[Tensor, ...], rows: int) -> Observations:
-        gathering = Gathering(self.network, self.graph.layers, inputs, rows)
+    def _observing(self, inputs: tuple[Tensor, ...], rows: int, padding: Padding) -> Observations:
+        gathering = Gathering(self.network, self.graph.layers, inputs, rows, padding)
         return Observations(gathering, self._store, self._key, self._memory_bytes)
 
     @property
@@ -119,7 +126,8 @@ class Bank:
     def take(self, state: BankState) -> None:
         """Go on with what a bank of the same network has gathered and solved."""
         self._identity = state.identity
-        self._observations = self._observing(state.observed.inputs, state.observed.rows)
+        observed = state.observed
+        self._observations = self._observing(observed.inputs, observed.rows, observed.padding)
         self._observations.take(state.observed)
         for key, variant in state.variants.items():
             self._store.put(key, variant, lasting=False)

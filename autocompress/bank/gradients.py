@@ -18,6 +18,7 @@ from autocompress.graph import Layer
 from autocompress.graph.layers import flatten_outputs
 from autocompress.graph.plain import plain_input
 from autocompress.techniques.technique import LayerGradients
+from autocompress.workload import NO_PADDING, Padding
 
 _BATCH = 32
 # Values in the inputs and outputs of a batch's layers (1 GiB): about three times as many are kept
@@ -42,6 +43,7 @@ def collect_gradients(
     layers: Sequence[Layer],
     inputs: tuple[Tensor, ...],
     advance: Callable[[], None] = lambda: None,
+    padding: Padding = NO_PADDING,
 ) -> dict[str, LayerGradients]:
     """Fisher information of every dense layer's weights, and Taylor importance of its inputs.
 
@@ -54,6 +56,7 @@ def collect_gradients(
         network: in evaluation mode; left as it was.
         inputs: calibration inputs, n samples in dimension 0.
         advance: called after every batch of `batch_size` samples.
+        padding: of the inputs, which is left out.
 
     Raises:
         WorkloadError: the outputs cannot be differentiated.
@@ -78,10 +81,9 @@ def collect_gradients(
     fisher = {layer.name: torch.zeros(layer.out_channels, layer.in_features) for layer in dense}
     taylor = {layer.name: torch.zeros(layer.in_channels) for layer in dense}
     samples = len(inputs[0])
-    size = batch_size(layers)
-    for start in range(0, samples, size):
+    for part in padding.batches(inputs, batch_size(layers)):
         calls.clear()
-        batch = tuple(x[start : start + size].clone() for x in inputs)
+        batch = tuple(x.clone() for x in part)
         with torch.enable_grad():
             loss = negative_log_likelihood(network(*batch), labels)
         _backward(loss)

@@ -17,6 +17,7 @@ from autocompress.bank.statistics import Gathering, collect_statistics, plan_pas
 from autocompress.bank.store import VariantStore
 from autocompress.bank.usage import count_usage
 from autocompress.techniques.technique import LayerGradients, LayerStatistics, Variant
+from autocompress.workload import Padding
 
 _STATISTICS = "statistics"
 _GRADIENTS = "gradients"
@@ -46,12 +47,13 @@ class Observed:
 
     Attributes:
         inputs: calibration inputs, n samples in dimension 0.
-        rows: as in `Gathering`.
+        rows: as in `Gathering`, and the padding.
         found: by kind and layer name what was gathered.
     """
 
     inputs: tuple[Tensor, ...]
     rows: int
+    padding: Padding
     found: Mapping[tuple[str, str], Variant]
 
 
@@ -110,7 +112,8 @@ class Observations:
             return
         layers, inputs = self._gathering.layers, self._some_inputs()
         counter.begin(-(-len(inputs[0]) // batch_size(layers)))
-        found = collect_gradients(self._gathering.network, layers, inputs, counter.advance)
+        network, padding = self._gathering.network, self._gathering.padding
+        found = collect_gradients(network, layers, inputs, counter.advance, padding)
         for name in list(found):
             self._store.put(keys[name], vars(found.pop(name)), lasting=True)
 
@@ -143,7 +146,8 @@ class Observations:
                 variant = self._store.get(self._key(kind, name))
                 if variant is not None:
                     found[kind, name] = variant
-        return Observed(self._gathering.inputs, self._gathering.rows, found)
+        gathering = self._gathering
+        return Observed(gathering.inputs, gathering.rows, gathering.padding, found)
 
     def take(self, observed: Observed) -> None:
         """Keep what another process has gathered for the same network and inputs."""
@@ -167,7 +171,8 @@ class Observations:
         key = self._key(_USAGE, "")
         variant = self._store.get(key)
         if variant is None:
-            variant = count_usage(self._gathering.network, layers, self._some_inputs())
+            network, padding = self._gathering.network, self._gathering.padding
+            variant = count_usage(network, layers, self._some_inputs(), padding)
             self._store.put(key, variant, lasting=True)
         return variant
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from autocompress.graph import Layer
 from autocompress.techniques.technique import LayerStatistics
+from autocompress.workload import NO_PADDING, Padding
 
 _BATCH = 64
 
@@ -117,12 +118,14 @@ class Gathering:
         layers: all of its layers, in order of their first call.
         inputs: calibration inputs, n samples in dimension 0.
         rows: about how many unfolded rows enter each layer's moments.
+        padding: of the inputs, which is left out.
     """
 
     network: nn.Module
     layers: Sequence[Layer]
     inputs: tuple[Tensor, ...]
     rows: int
+    padding: Padding = NO_PADDING
 
     @property
     def observed(self) -> tuple[Layer, ...]:
@@ -169,8 +172,7 @@ def collect_statistics(
 def _pass(
     gathering: Gathering, wanted: Collection[str], advance: Callable[[], None]
 ) -> dict[str, _Sums]:
-    network, inputs = gathering.network, gathering.inputs
-    samples = len(inputs[0])
+    network = gathering.network
     sums: dict[str, _Sums] = {}
     generator = torch.Generator().manual_seed(0)
     quota = 0
@@ -193,10 +195,11 @@ def _pass(
     ]
     try:
         with torch.no_grad():
-            for start in range(0, samples, _BATCH):
-                batch = tuple(x[start : start + _BATCH] for x in inputs)
+            batches = list(gathering.padding.batches(gathering.inputs, _BATCH))
+            sizes = [gathering.padding.positions(batch) for batch in batches]
+            for batch, size in zip(batches, sizes, strict=True):
                 # In proportion, or the samples of a short last batch would weigh more.
-                quota = max(1, gathering.rows * len(batch[0]) // samples)
+                quota = max(1, gathering.rows * size // sum(sizes))
                 network(*batch)
                 advance()
     finally:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.graph import Layer
+from autocompress.workload import NO_PADDING, Padding
 
 _BATCH = 64
 
@@ -17,7 +18,10 @@ class _AllReadError(Exception):
 
 
 def count_usage(
-    network: nn.Module, layers: Sequence[Layer], inputs: tuple[Tensor, ...]
+    network: nn.Module,
+    layers: Sequence[Layer],
+    inputs: tuple[Tensor, ...],
+    padding: Padding = NO_PADDING,
 ) -> dict[str, Tensor]:
     """How often each entry of every embedding is read, shape (entries,), float64.
 
@@ -26,6 +30,7 @@ def count_usage(
     Args:
         network: in evaluation mode; left as it was.
         inputs: calibration inputs, n samples in dimension 0.
+        padding: of the inputs, which is left out.
     """
     tables = [layer.name for layer in layers if layer.kind == "embedding"]
     counts = {x.name: torch.zeros(x.out_channels).double() for x in layers if x.name in tables}
@@ -43,9 +48,9 @@ def count_usage(
     ]
     try:
         with torch.no_grad():
-            for start in range(0, len(inputs[0]) if tables else 0, _BATCH):
+            for batch in padding.batches(inputs, _BATCH) if tables else ():
                 try:
-                    network(*(x[start : start + _BATCH] for x in inputs))
+                    network(*batch)
                 except _AllReadError:
                     continue
     finally:

@@ -27,6 +27,7 @@ from autocompress.recover.recovery import (
     recovery_settings,
     response_loss,
     training_identity,
+    with_fitting_steps,
 )
 from autocompress.recover.schedule import derived_seed
 from autocompress.recover.training import train
@@ -80,6 +81,7 @@ def train_quantized(
         )
     loss = _make_loss(teacher, split, decision, context)
     settings = _settings(network, len(split), decision, context)
+    settings = with_fitting_steps(settings, (network, teacher), split, context)
     identity = _identity(network, teacher, split, calibration, (decision, context))
     if decision.epochs == 0:
         return train(network, split, loss, settings)
@@ -91,7 +93,7 @@ def train_quantized(
     surroundings = replace(context.surroundings(identity), before_step=reseed)
     with (
         frozen_weights(network, "codebook_weight"),
-        fake_quantized(network, calibration, gradients),
+        fake_quantized(network, calibration, gradients, context.padding),
     ):
         return train(network, split, loss, settings, surroundings)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast, final
@@ -23,6 +23,7 @@ from autocompress.recover.fake_quantize import (
 )
 from autocompress.recover.training_types import Inputs
 from autocompress.techniques.technique import IntegerWeight
+from autocompress.workload import NO_PADDING, Padding
 
 FLOAT_BITS = 32
 _RANGE_SAMPLES, _RANGE_BATCH = 256, 64
@@ -44,7 +45,10 @@ class GradientRounding:
 
 @contextmanager
 def fake_quantized(
-    network: nn.Module, calibration: Inputs, gradients: GradientRounding | None = None
+    network: nn.Module,
+    calibration: Inputs,
+    gradients: GradientRounding | None = None,
+    padding: Padding = NO_PADDING,
 ) -> Iterator[None]:
     """Within, quantized layers round weights and inputs as the exported file does.
 
@@ -56,10 +60,12 @@ def fake_quantized(
     Args:
         network: in evaluation mode.
         gradients: None leaves them as they are.
+        padding: of the calibration inputs, which is left out.
     """
     layers = quantized_layers(network)
     static = {n: m for n, m in layers.items() if _is_static(m)}
-    shared = _input_quantizers(network, static, calibration)
+    some = tuple(x[:_RANGE_SAMPLES] for x in calibration)
+    shared = _input_quantizers(network, static, padding.batches(some, _RANGE_BATCH))
     handles = []
     for name, layer in layers.items():
         how = integer_weight(layer)
@@ -151,12 +157,12 @@ class _Observed:
 
 
 def _input_quantizers(
-    network: nn.Module, layers: dict[str, Any], calibration: Inputs
+    network: nn.Module, layers: dict[str, Any], batches: Iterable[Inputs]
 ) -> dict[str, ActivationQuantizer]:
     """One quantizer for all layers that read the same tensor, by layer name."""
     if not layers:
         return {}
-    observed, sharing = _observe_inputs(network, layers, calibration)
+    observed, sharing = _observe_inputs(network, layers, batches)
     device = next(network.parameters()).device
     quantizers = {}
     for names in sharing:
@@ -183,7 +189,7 @@ def _first_grid(layers: Sequence[Any], observed: Sequence[_Observed]) -> Activat
 
 
 def _observe_inputs(
-    network: nn.Module, layers: dict[str, Any], calibration: Inputs
+    network: nn.Module, layers: dict[str, Any], batches: Iterable[Inputs]
 ) -> tuple[dict[str, _Observed], list[list[str]]]:
     """Samples of the layers' inputs, and the names of layers that read the same tensors."""
     observed = {name: _Observed() for name in layers}
@@ -210,9 +216,8 @@ def _observe_inputs(
     device = next(network.parameters()).device
     try:
         with torch.no_grad():
-            for start in range(0, min(_RANGE_SAMPLES, len(calibration[0])), _RANGE_BATCH):
-                batch = (x[start : start + _RANGE_BATCH].to(device) for x in calibration)
-                network(*batch)
+            for batch in batches:
+                network(*(x.to(device) for x in batch))
                 readers.clear()
     finally:
         for handle in handles:

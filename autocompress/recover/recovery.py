@@ -15,6 +15,7 @@ from autocompress.errors import WorkloadError
 from autocompress.recover.distillation import LabelLoss, ResponseLoss, ResponseTerm
 from autocompress.recover.features import Adapters, FeatureLoss, find_maps
 from autocompress.recover.optimization import manner_of
+from autocompress.recover.step_size import rate_share
 from autocompress.recover.teacher import Teacher, TeacherOutputs, chunks_in_order_of_use
 from autocompress.recover.training import step_count, train
 from autocompress.recover.training_types import (
@@ -24,7 +25,7 @@ from autocompress.recover.training_types import (
     TrainingSettings,
 )
 from autocompress.techniques.recovery import Recover, cycle_epochs
-from autocompress.workload import Split
+from autocompress.workload import NO_PADDING, Padding, Split
 
 # Held out is this share of the samples, but no more than so many.
 _HOLDOUT_SHARE = 0.1
@@ -32,6 +33,8 @@ _HOLDOUT = 1000
 # Under a cosine the loss falls late: an early stop waits for a good part of the training.
 _PATIENCE_SHARE = 0.4
 _LEAST_PATIENCE = 5
+# Samples on which network and teacher are compared before a training.
+_COMPARED = 128
 # Of the distillation into weights that are quantized already.
 RETRAIN_TEMPERATURE = 4.0
 # Splits are frozen, and hashing hundreds of megabytes takes longer than stitching a network.
@@ -54,6 +57,7 @@ class RecoveryContext:
             raises `OutOfTimeError`.
         teacher_outputs: the teacher's on the train split, computed once for all trainings; None
             computes them anew.
+        padding: of the train split's inputs, which is left out.
     """
 
     seed: int = 0
@@ -64,10 +68,13 @@ class RecoveryContext:
     cycle: int = 0
     stop: Callable[[], bool] = lambda: False
     teacher_outputs: TeacherOutputs | None = None
+    padding: Padding = NO_PADDING
 
     def surroundings(self, identity: str) -> TrainingContext:
         """The context of a training that the identity tells from others."""
-        return TrainingContext(self.folder, identity, self.advance, stop=self.stop)
+        return TrainingContext(
+            self.folder, identity, self.advance, stop=self.stop, padding=self.padding
+        )
 
 
 def recover_network(
@@ -96,6 +103,7 @@ def recover_network(
     context = context or RecoveryContext()
     network.eval()
     settings = cycle_settings(network, len(split), decision, context)
+    settings = with_fitting_steps(settings, (network, teacher), split, context)
     loss = make_loss(network, teacher, split, decision, context)
     identity = ""
     if context.folder is not None:
@@ -176,7 +184,7 @@ def find_teacher_outputs(
         folder: keeps them in a file; None only in memory.
     """
     chunks = chunks_in_order_of_use(len(split), held_out(len(split)), context.seed)
-    return TeacherOutputs(teacher, split.inputs, chunks, folder, context.bf16)
+    return TeacherOutputs(teacher, split.inputs, chunks, folder, context.bf16, context.padding)
 
 
 def cycle_settings(
@@ -211,6 +219,22 @@ def recovery_settings(
         bf16=context.bf16,
         seed=context.seed,
     )
+
+
+def with_fitting_steps(
+    settings: TrainingSettings,
+    networks: tuple[nn.Module, nn.Module],
+    split: Split,
+    context: RecoveryContext,
+) -> TrainingSettings:
+    """Settings with a learning rate that suits the distance between network and teacher."""
+    if settings.optimizer != "adamw":
+        return settings
+    network, teacher = networks
+    device = next(network.parameters()).device
+    inputs = context.padding.cut(split.subset(_COMPARED).inputs)
+    share = rate_share(network, teacher, tuple(x.to(device) for x in inputs))
+    return replace(settings, learning_rate=settings.learning_rate * share)
 
 
 def step_count_of(network: nn.Module, samples: int, epochs: float) -> int:

@@ -8,6 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+# Batches of which samples are sorted by length together.
+_SORTED_BATCHES = 16
+
 
 def learning_rate_share(step: int, steps: int, warmup_share: float) -> float:
     """Share of the peak learning rate: linear warm-up, then half a cosine down to zero.
@@ -42,12 +45,26 @@ def split_off(count: int, holdout: int, seed: int) -> tuple[Tensor, Tensor]:
     return order[holdout:].sort().values, order[:holdout].sort().values
 
 
-def epoch_batches(samples: Tensor, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+def epoch_batches(
+    samples: Tensor, batch_size: int, seed: int, epoch: int, lengths: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Sample indices of an epoch's batches, shuffled.
 
     What is left over after the last whole batch is dropped, since batch norms cannot learn from a
     few samples; where there are fewer samples than a batch, they make one batch.
+
+    Args:
+        lengths: of all samples, int64; then samples of about the same length share a batch, within
+            every few batches in their random order, and those batches are shuffled.
     """
-    order = torch.randperm(len(samples), generator=derived_generator(seed, "order", epoch))
+    generator = derived_generator(seed, "order", epoch)
+    order = torch.randperm(len(samples), generator=generator)
     whole = max(len(samples) // batch_size, 1)
-    return torch.split(samples[order][: whole * batch_size], batch_size)
+    chosen = samples[order][: whole * batch_size]
+    if lengths is None:
+        return torch.split(chosen, batch_size)
+    batches: list[Tensor] = []
+    for part in torch.split(chosen, _SORTED_BATCHES * batch_size):
+        near = torch.split(part[lengths[part].argsort(stable=True)], batch_size)
+        batches.extend(near[i] for i in torch.randperm(len(near), generator=generator).tolist())
+    return tuple(batches)

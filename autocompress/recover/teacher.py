@@ -20,9 +20,11 @@ from autocompress.recover.autocast import takes_bf16
 from autocompress.recover.layout import channels_last, takes_channels_last
 from autocompress.recover.schedule import epoch_batches, split_off
 from autocompress.recover.training_types import Batch, Inputs
+from autocompress.workload import NO_PADDING, Padding
 
 _CACHE_BYTES = 1 << 28
 _BATCH = 128
+_PART = 32
 _KEEP_EVERY_S = 60.0
 # Counted up whenever the outputs change, so that no run goes on with older ones.
 _VERSION = 1
@@ -96,6 +98,7 @@ class TeacherOutputs:
         chunks: of the split's sample numbers, each in exactly one of them.
         folder: keeps them in a file; None only in memory.
         bf16: autocast to bf16; "auto" where the device has bf16 arithmetic (`bf16_pays`).
+        padding: of the inputs, which is left out.
 
     Attributes:
         seconds: spent in the network.
@@ -108,7 +111,9 @@ class TeacherOutputs:
         chunks: tuple[Tensor, ...],
         folder: Path | None = None,
         bf16: bool | Literal["auto"] = "auto",
+        padding: Padding = NO_PADDING,
     ) -> None:
+        self._padding = padding
         self.seconds = 0.0
         self._network, self._inputs, self._chunks = network, inputs, chunks
         self._device = next(network.parameters()).device
@@ -156,17 +161,26 @@ class TeacherOutputs:
 
     def _compute(self, number: int) -> None:
         chunk = self._chunks[number]
-        outputs = self._run(tuple(x[chunk].to(self._device) for x in self._inputs))
-        if not self._kept:
-            samples = len(self._chunk_of)
-            size = sum(o[0].numel() * o.element_size() for o in outputs) * samples
-            self._too_large = size > _CACHE_BYTES
-            if self._too_large:
-                return
-            self._kept = [torch.zeros(samples, *o.shape[1:], dtype=o.dtype) for o in outputs]
-        for kept, output in zip(self._kept, outputs, strict=True):
-            kept[chunk] = output.cpu()
+        for part in self._parts(chunk):
+            inputs = self._padding.cut(tuple(x[part] for x in self._inputs))
+            outputs = self._run(tuple(x.to(self._device) for x in inputs))
+            if not self._kept:
+                samples = len(self._chunk_of)
+                size = sum(o[0].numel() * o.element_size() for o in outputs) * samples
+                self._too_large = size > _CACHE_BYTES
+                if self._too_large:
+                    return
+                self._kept = [torch.zeros(samples, *o.shape[1:], dtype=o.dtype) for o in outputs]
+            for kept, output in zip(self._kept, outputs, strict=True):
+                kept[part] = output.cpu()
         self._known[number] = self._changed = True
+
+    def _parts(self, chunk: Tensor) -> tuple[Tensor, ...]:
+        """A chunk's samples; with padding in parts of about the same length."""
+        if not self._padding.axes:
+            return (chunk,)
+        lengths = self._padding.lengths(tuple(x[chunk] for x in self._inputs))
+        return torch.split(chunk[lengths.argsort(stable=True)], _PART)
 
     def _run(self, inputs: Inputs) -> list[Tensor]:
         with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
@@ -178,7 +192,7 @@ class TeacherOutputs:
     def _find_path(self, folder: Path) -> Path:
         key = make_key(
             _VERSION, network_hash(self._network), tensors_hash(self._inputs),
-            tensors_hash(self._chunks), self._bf16, self._device.type,
+            tensors_hash(self._chunks), self._bf16, self._device.type, *self._padding.axes,
         )  # fmt: skip
         digest = hashlib.sha256(key.encode()).hexdigest()[:12]
         return folder / f"teacher-{digest}.safetensors"

@@ -261,12 +261,16 @@ class Trainer:
             cycle=cycle,
             stop=watch.stop,
             teacher_outputs=self._teacher_outputs(),
+            padding=self._workload.padding,
         )
 
     def _teacher_outputs(self) -> TeacherOutputs:
         if self._outputs is None:
             self._outputs = find_teacher_outputs(
-                self._teacher, self._train, RecoveryContext(), self._folder
+                self._teacher,
+                self._train,
+                RecoveryContext(padding=self._workload.padding),
+                self._folder,
             )
         return self._outputs
 

@@ -106,7 +106,10 @@ class _Loop:
         self._optimizer = make_optimizer(self._parameters, settings)
         self._masked = masked_weights(network)
         self._device = self._parameters[0].device
-        self._samples, self._held_out = split_off(len(split), settings.holdout, settings.seed)
+        self._samples, held_out = split_off(len(split), settings.holdout, settings.seed)
+        lengths = context.padding.lengths(split.inputs)
+        self._lengths = lengths if context.padding.axes else None
+        self._held_out = held_out[lengths[held_out].argsort(stable=True)]
         self._per_epoch = _steps_per_epoch(len(split), settings)
         self._steps = step_count(len(split), settings)
         self._order: tuple[int, tuple[Tensor, ...]] = (-1, ())
@@ -145,8 +148,12 @@ class _Loop:
         epoch, position = divmod(self._first_step + self._state.step, self._per_epoch)
         if self._order[0] != epoch:
             settings = self._settings
-            batches = epoch_batches(self._samples, settings.batch_size, settings.seed, epoch)
-            self._order = epoch, batches
+            self._order = (
+                epoch,
+                epoch_batches(
+                    self._samples, settings.batch_size, settings.seed, epoch, self._lengths
+                ),
+            )
         return self._order[1][position]
 
     def _pause(self) -> None:
@@ -195,7 +202,7 @@ class _Loop:
 
     def _batch(self, samples: Tensor, *, augmented: bool) -> Batch:
         part = self._split.subset(samples)
-        inputs, augment = part.inputs, self._context.augment
+        inputs, augment = self._context.padding.cut(part.inputs), self._context.augment
         if augmented and augment is not None:
             number = self._first_step + self._state.step
             inputs = augment(inputs, derived_generator(self._settings.seed, "augment", number))

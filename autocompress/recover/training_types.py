@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.errors import ConfigError
+from autocompress.workload import NO_PADDING, Padding
 
 Inputs = tuple[Tensor, ...]
 
@@ -112,6 +113,7 @@ class TrainingContext:
         augment: changes inputs by random numbers of the given generator only.
         stop: asked after every step; where it says so, the training writes its checkpoint and
             raises `OutOfTimeError`.
+        padding: of the inputs, which is left out; samples of about the same length share a batch.
     """
 
     folder: Path | None = None
@@ -120,6 +122,7 @@ class TrainingContext:
     before_step: Callable[[int, int], None] = lambda step, steps: None
     augment: Callable[[Inputs, torch.Generator], Inputs] | None = None
     stop: Callable[[], bool] = lambda: False
+    padding: Padding = NO_PADDING
 
 
 @final

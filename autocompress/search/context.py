@@ -12,6 +12,7 @@ from autocompress.config import Objective, SearchSettings
 from autocompress.evaluate import Evaluator, Measured
 from autocompress.evaluation import Evaluation
 from autocompress.plan import Plan
+from autocompress.recover.recovery import step_count_of
 from autocompress.search.budget import Budget
 from autocompress.search.prepare import Prepared
 from autocompress.search.progress import Progress
@@ -45,6 +46,13 @@ class SearchContext:
         """What a network that does not look at its inputs scores on the search split."""
         workload = self.prepared.workload
         return chance_level(workload.metric, workload.search_split.targets)
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps of a training of one epoch on the train split, which must be there."""
+        train = self.prepared.workload.train
+        assert train is not None
+        return step_count_of(self.prepared.workload.network, len(train), 1.0)
 
     @property
     def objectives(self) -> tuple[Objective, ...]:

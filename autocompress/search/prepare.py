@@ -291,7 +291,8 @@ def fill_bank(prepared: Prepared, progress: Progress) -> Bank:
     )
     settings = prepared.experiment.calibration
     counter = Counter(partial(progress.stage, "calibrate"), progress.advance)
-    bank.calibrate(prepared.workload.calibration.inputs, settings, counter)
+    workload = prepared.workload
+    bank.calibrate(workload.calibration.inputs, settings, counter, workload.padding)
     steps = list(prepared.space.steps())
     if any(_reads_gradients(step.decision) for step in steps):
         bank.gather_gradients(Counter(partial(progress.stage, "gradients"), progress.advance))

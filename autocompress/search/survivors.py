@@ -33,6 +33,8 @@ from autocompress.techniques.qat import Qat
 from autocompress.techniques.recovery import Recover, cycle_epochs
 
 EPOCHS = 0.5
+# On few data half an epoch is next to nothing, and restarts after it do harm.
+_FEWEST_STEPS, _MOST_EPOCHS = 120, 4.0
 ROUNDS = 3
 # As many as a `Recover` has cycles.
 MOST_ROUNDS = 8
@@ -47,7 +49,6 @@ _LEFT_FIRST, _LEFT_LATER = 0.2, 0.5
 _WAYS = 3
 # Weights of fewer bits are trained with their rounding.
 _FEW_BITS = 4
-_QAT_EPOCHS = 0.5
 
 
 @final
@@ -59,11 +60,13 @@ class Shape:
         steps: pruning, decomposition and sparsity.
         metric: of the best member of that shape, before any training.
         ways: steps of quantization, the member's own first; runtimes beside them.
+        epochs: of its first round.
     """
 
     steps: Plan
     metric: float
     ways: tuple[tuple[Plan, str], ...]
+    epochs: float = EPOCHS
 
 
 @final
@@ -114,12 +117,18 @@ class RoundReport:
 Measure = Callable[[Plan, str], Evaluation]
 
 
+def first_epochs(epoch_steps: int) -> float:
+    """Epochs of a first round: half of one, or more where an epoch has few steps."""
+    return min(max(EPOCHS, _FEWEST_STEPS / epoch_steps), _MOST_EPOCHS)
+
+
 def choose_shapes(
     evaluations: Sequence[Evaluation],
     original: Evaluation,
     objectives: Sequence[Objective],
     count: int,
     chance: float = -np.inf,
+    epochs: float = EPOCHS,
 ) -> list[Shape]:
     """Shapes of the front to train, those that are expected to add most to it first.
 
@@ -130,6 +139,7 @@ def choose_shapes(
         original: of the original network.
         count: how many at most.
         chance: what a network that does not look at its inputs scores (see `chance_level`).
+        epochs: of the first round.
     """
     level = original.metric.value
     worst = level - _LARGEST_LOSS * abs(level)
@@ -148,7 +158,7 @@ def choose_shapes(
     members = list(best.values())
     order = by_potential([[e] for e in members], (original, wanted), _LEFT_FIRST, count)
     ways = _ways(_on_front(alive, objectives))
-    return [_shape(members[i], ways) for i in order]
+    return [replace(_shape(members[i], ways), epochs=epochs) for i in order]
 
 
 def by_potential(
@@ -225,10 +235,10 @@ def run_round(
 
 def plan_of(shape: Shape, way: Plan, number: int) -> Plan:
     """The plan of a shape after a round, from 0, quantized in one of its ways."""
-    steps = [*shape.steps.steps, Step(NETWORK, Recover(epochs=EPOCHS, cycles=number + 1))]
+    steps = [*shape.steps.steps, Step(NETWORK, Recover(epochs=shape.epochs, cycles=number + 1))]
     steps += way.steps
     if number >= ROUNDS - 1 and _has_few_bits(way):
-        steps.append(Step(NETWORK, Qat(epochs=_QAT_EPOCHS)))
+        steps.append(Step(NETWORK, Qat(epochs=shape.epochs)))
     return consistent(Plan(tuple(steps)))
 
 
@@ -254,21 +264,24 @@ def report_round(trained: Sequence[Trained], before: Sequence[float], number: in
     correlation = (
         float(spearmanr(before, after).statistic) if len(after) > 2 and distinct else np.nan
     )
-    epochs = cycle_epochs(Recover(epochs=EPOCHS), number)
+    first = trained[0].shape.epochs if trained else EPOCHS
+    epochs = cycle_epochs(Recover(epochs=first), number)
     return RoundReport(epochs, len(trained), gained, correlation)
 
 
-def shapes_for(seconds: float, epoch_s: float | None) -> int:
+def shapes_for(seconds: float, pace_s: float | None, measuring_s: float = 0.0) -> int:
     """How many shapes all rounds have time for.
 
     Args:
         seconds: for all rounds.
-        epoch_s: about what an epoch of a shape takes; None if not known.
+        pace_s: about what the first round's training of a shape takes; None if not known.
+        measuring_s: about what building and measuring a shape's files takes after it.
     """
-    if epoch_s is None:
+    if pace_s is None:
         return _MOST
     # Each round trains half as many twice as long.
-    return int(np.clip(seconds / (EPOCHS * ROUNDS * epoch_s), _FEWEST, _MOST))
+    measured = sum(0.5**number for number in range(ROUNDS))
+    return int(np.clip(seconds / (ROUNDS * pace_s + measured * measuring_s), _FEWEST, _MOST))
 
 
 def _shape(evaluation: Evaluation, ways: Sequence[tuple[Plan, str]]) -> Shape:

@@ -14,22 +14,26 @@ from autocompress.recover import Watch
 from autocompress.search.context import SearchContext
 from autocompress.search.study import Study
 from autocompress.search.survivors import (
-    EPOCHS,
     MOST_ROUNDS,
     ROUNDS,
     RoundReport,
     Shape,
     Trained,
     choose_shapes,
+    first_epochs,
     halve,
     plan_of,
     report_round,
     run_round,
     shapes_for,
 )
+from autocompress.techniques.qat import Qat
+from autocompress.techniques.recovery import Recover
 
 # What a run folder keeps of how the rounds went.
 REPORTS = "survivors.json"
+# Steps of a candidate's making.
+_TRAININGS = (Recover.technique, Qat.technique)
 # Of a training's expected time: files are made and measured, too.
 _MARGIN = 1.1
 
@@ -97,13 +101,22 @@ class SurvivorTraining:
         """As many of the front's shapes as there is time for, by the pace of a first training."""
         untrained = [e for e in self._study.evaluations if e.candidate not in self._study.trained]
         objectives = self._context.objectives
-        most = choose_shapes(
-            untrained, self._original, objectives, shapes_for(seconds, None), self._context.chance
-        )
+        count, epochs = shapes_for(seconds, None), first_epochs(self._context.epoch_steps)
+        chance = self._context.chance
+        most = choose_shapes(untrained, self._original, objectives, count, chance, epochs)
         pace = self._pace(most)
         if not pace:
             return most
-        return most[: shapes_for(seconds, pace / EPOCHS)]
+        return most[: shapes_for(seconds, pace, self._measuring_s(most))]
+
+    def _measuring_s(self, shapes: Sequence[Shape]) -> float:
+        """About how long a shape's files take once it is trained, in seconds; 0 if not known."""
+        took = [
+            sum(s for step, s in e.seconds.items() if step not in _TRAININGS)
+            for e in self._study.trained.values()
+        ]
+        ways = sum(len(shape.ways) for shape in shapes) / len(shapes)
+        return ways * sum(took) / len(took) if took else 0.0
 
     def _further(self, trained: Sequence[Trained], seconds: float) -> list[Shape]:
         """Shapes that there is time for beside those that were trained."""

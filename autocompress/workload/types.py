@@ -15,6 +15,7 @@ from autocompress.errors import WorkloadError
 from autocompress.workload.exported import raise_layers
 from autocompress.workload.inputs import Axes, Batch, as_axes, as_batch, describe, ordered
 from autocompress.workload.network import as_positional
+from autocompress.workload.padding import NO_PADDING, Padding
 from autocompress.workload.pretrained import load_network
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -111,6 +112,7 @@ class Workload:
             open in the exported files, by axis their names: `({1: "length"}, {1: "length"})`.
             Equal names are equal sizes. Figures are taken at the sizes of the inputs given.
         input_names: the keywords that the network is called with; taken from a mapping.
+        padding: what statistics and trainings leave out; found by a search, see `find_padding`.
 
     Raises:
         WorkloadError: `example_inputs` are no batch of tensors, splits have other names, or the
@@ -126,6 +128,7 @@ class Workload:
     metric: Metric = "accuracy"
     dynamic_axes: tuple[Axes, ...] = ()
     input_names: tuple[str, ...] = ()
+    padding: Padding = NO_PADDING
 
     @property
     def class_scores(self) -> bool:

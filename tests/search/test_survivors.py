@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from autocompress.search.survivors import (
     Shape,
     Trained,
     choose_shapes,
+    first_epochs,
     halve,
     plan_of,
     report_round,
@@ -295,9 +297,21 @@ def test_a_report_in_closed_form(make_evaluation: Make) -> None:
 def test_how_many_shapes_there_is_time_for() -> None:
     assert shapes_for(1.0, None) == 16
     # Three rounds of half an epoch's cost for each shape at first.
-    assert shapes_for(90.0, 6.0) == 10
-    assert shapes_for(1.0, 6.0) == 4
-    assert shapes_for(1e6, 6.0) == 16
+    assert shapes_for(90.0, 3.0) == 10
+    # Their files take 1 + 1/2 + 1/4 times as long as those of the first round.
+    assert shapes_for(90.0, 3.0, 4.0) == 5
+    assert shapes_for(1.0, 3.0) == 4
+    assert shapes_for(1e6, 3.0) == 16
+
+
+def test_few_data_are_seen_more_often() -> None:
+    assert first_epochs(1000) == first_epochs(240) == 0.5
+    assert first_epochs(60) == 2.0
+    assert first_epochs(1) == 4.0
+    few = replace(shape(0.5), epochs=2.0)
+    last = [s.decision for s in plan_of(few, plan(0, INT4), 2).steps if s.target == NETWORK]
+    assert len(last) == 2
+    assert Recover(epochs=2.0, cycles=3) in last and Qat(epochs=2.0) in last
 
 
 class Scene:
@@ -313,7 +327,8 @@ class Scene:
         self.saved: list[str] = []
         progress = Silent()
         context: Any = SimpleNamespace(
-            objectives=OBJECTIVES, chance=-math.inf, runtimes=("onnxruntime",), budget=self.budget,
+            objectives=OBJECTIVES, chance=-math.inf, epoch_steps=500, runtimes=("onnxruntime",),
+            budget=self.budget,
             progress=SimpleNamespace(
                 stage=progress.stage, advance=progress.advance, note=self.notes.append
             ),

@@ -32,6 +32,7 @@ from autocompress.search.survivors import (
     RoundReport,
     Trained,
     choose_shapes,
+    first_epochs,
     halve,
     report_round,
     shapes_for,
@@ -113,8 +114,10 @@ class ClusterTraining:
         """Train for at most so long."""
         context = self._context
         untrained = [e for e in self._study.evaluations if e.candidate not in self._study.trained]
-        count = shapes_for(seconds, None)
-        shapes = choose_shapes(untrained, original, context.objectives, count, context.chance)
+        count, epochs = shapes_for(seconds, None), first_epochs(context.epoch_steps)
+        shapes = choose_shapes(
+            untrained, original, context.objectives, count, context.chance, epochs
+        )
         end_s = context.budget.spent_s + seconds
         rounds = Rounds(
             shapes,

@@ -26,7 +26,7 @@ from autocompress.search.cluster.workshop import Broken, Failure, Workshop
 from autocompress.search.survivors import ROUNDS, Shape, Trained, plan_of
 from autocompress.techniques import read_plan
 
-SHAPE, STEPS, WAYS, DEADLINE = "shape", "steps", "ways", "deadline_s"
+SHAPE, STEPS, EPOCHS, WAYS, DEADLINE = "shape", "steps", "epochs", "ways", "deadline_s"
 _CHECKPOINT = "round.json"
 # A round that the deadline ends may still measure what it has.
 _GRACE_S = 60.0
@@ -53,7 +53,7 @@ class Survivor(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     def step(self) -> dict[str, Any]:
         """Train the next round, then build and measure its files."""
         config = self._config
-        shape = Shape(read_plan(config[STEPS]), 0.0, _ways(config))
+        shape = Shape(read_plan(config[STEPS]), 0.0, _ways(config), config[EPOCHS])
         watch = Watch(stop=lambda: time.time() > config[DEADLINE])
         found, reasons = [], []
         for way, runtime in shape.ways:
@@ -130,6 +130,7 @@ class Rounds:
         return {
             SHAPE: index,
             STEPS: shape.steps.to_rows(),
+            EPOCHS: shape.epochs,
             WAYS: [(way.to_rows(), runtime) for way, runtime in shape.ways],
             NODE: index % self.nodes,
             DEADLINE: self.deadline_s,

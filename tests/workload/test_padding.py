@@ -1,0 +1,199 @@
+"""What is padding, and what is made of samples without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from autocompress.bank import Bank
+from autocompress.bank.gradients import collect_gradients
+from autocompress.bank.observations import Counter
+from autocompress.bank.usage import count_usage
+from autocompress.config import CalibrationSettings
+from autocompress.graph import trace
+from autocompress.recover.recovery import (
+    RecoveryContext,
+    find_teacher_outputs,
+    recover_network,
+)
+from autocompress.recover.schedule import epoch_batches
+from autocompress.techniques.recovery import Recover
+from autocompress.workload import NO_PADDING, Padding, Split, find_padding
+
+WORDS, LENGTH, WIDTH = 30, 12, 8
+PADDED = Padding((1, 1))
+AXES = ({1: "length"}, {1: "length"})
+
+
+class Reader(nn.Module):
+    """Class scores of texts; what is masked has no say unless `leaky`."""
+
+    def __init__(self, *, leaky: bool = False, per_token: bool = False) -> None:
+        super().__init__()
+        self.table = nn.Embedding(WORDS, WIDTH)
+        self.norm, self.inner, self.head = (
+            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+        )  # fmt: skip
+        self.leaky, self.per_token = leaky, per_token
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.inner(self.norm(self.table(tokens))).relu()
+        if self.per_token:
+            return self.head(hidden)
+        weight = torch.ones_like(mask) if self.leaky else mask
+        weight = weight.unsqueeze(-1).to(hidden.dtype)
+        return self.head((hidden * weight).sum(1) / weight.sum(1))
+
+
+class Fixed(Reader):
+    """Needs the full length."""
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        assert tokens.shape[1] == LENGTH
+        return super().forward(tokens, mask)
+
+
+def reader(kind: type[Reader] = Reader, **how: bool) -> Reader:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return kind(**how).eval()
+
+
+def texts(count: int = 70, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, WORDS, (count, LENGTH), generator=generator)
+    lengths = torch.randint(1, LENGTH // 2, (count, 1), generator=generator)
+    mask = (torch.arange(LENGTH) < lengths).long()
+    return tokens * mask, mask
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(1, LENGTH), min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_one_position_of_the_padding_stays(lengths: list[int], seed: int) -> None:
+    wanted = torch.tensor(lengths)
+    generator = torch.Generator().manual_seed(seed)
+    mask = (torch.arange(LENGTH) < wanted[:, None]).long()
+    tokens = torch.randint(1, WORDS, mask.shape, generator=generator) * mask
+    # A text of full length may end in equal words: where it does, one of them stays as well.
+    tokens[:, -2] += WORDS * mask[:, -2]
+    assert PADDED.lengths((tokens, mask)).tolist() == [min(n + 1, LENGTH) for n in lengths]
+    cut = PADDED.cut((tokens, mask))
+    longest = min(max(lengths) + 1, LENGTH)
+    for before, after in zip((tokens, mask), cut, strict=True):
+        assert torch.equal(after, before[:, :longest])
+
+
+def test_batches_hold_every_sample_once_by_rising_length() -> None:
+    inputs = texts()
+    batches = list(PADDED.batches(inputs, 16))
+    assert [len(tokens) for tokens, _ in batches] == [16, 16, 16, 16, 6]
+    widths = [tokens.shape[1] for tokens, _ in batches]
+    assert widths == sorted(widths) and widths[0] < widths[-1] < LENGTH
+    found = [
+        tokens[mask.bool()].tolist() for t, m in batches for tokens, mask in zip(t, m, strict=True)
+    ]
+    wanted = [tokens[mask.bool()].tolist() for tokens, mask in zip(*inputs, strict=True)]
+    assert sorted(found) == sorted(wanted)
+    plain = list(NO_PADDING.batches(inputs, 16))
+    assert torch.equal(torch.cat([tokens for tokens, _ in plain]), inputs[0])
+    assert NO_PADDING.cut(inputs) is inputs and NO_PADDING.positions(inputs) == 70
+
+
+def test_padding_is_found_where_outputs_do_not_depend_on_it() -> None:
+    inputs = texts()
+    assert find_padding(reader(), inputs, AXES) == PADDED
+    for other in (reader(leaky=True), reader(per_token=True), reader(Fixed)):
+        assert find_padding(other, inputs, AXES) == NO_PADDING
+    assert find_padding(reader(), inputs, ()) == NO_PADDING
+    full = torch.randint(1, WORDS, (20, LENGTH)), torch.ones(20, LENGTH, dtype=torch.long)
+    assert find_padding(reader(), full, AXES) == NO_PADDING
+
+
+def test_statistics_leave_padding_out(tmp_path: Path) -> None:
+    network, inputs = reader(), texts()
+    graph = trace(network, tuple(x[:2] for x in inputs))
+    whole = Bank(network, graph, 1, tmp_path / "whole")
+    whole.calibrate(inputs, CalibrationSettings(rows_per_layer=10**6))
+    bank = Bank(network, graph, 1, tmp_path / "cut")
+    bank.calibrate(inputs, CalibrationSettings(rows_per_layer=10**6), Counter(), PADDED)
+    # By hand: each text's words and, in a batch with longer ones, what is filled up.
+    rows = [
+        network.norm(network.table(tokens)).reshape(-1, WIDTH)
+        for tokens, _ in PADDED.batches(inputs, 64)
+    ]
+    x = torch.cat(rows).detach().double()
+    found, before = bank.statistics("inner"), whole.statistics("inner")
+    assert found is not None and before is not None
+    torch.testing.assert_close(found.moment, x.T @ x / len(x), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(before.moment, found.moment, rtol=1e-2)
+    # What is told apart by nothing but the padding must not be mixed up on disk.
+    again = Bank(network, graph, 1, tmp_path / "cut")
+    again.calibrate(inputs, CalibrationSettings(rows_per_layer=10**6))
+    kept = again.statistics("inner")
+    assert kept is not None and torch.equal(kept.moment, before.moment)
+
+
+def test_gradients_stay_as_they_are_and_usage_counts_words() -> None:
+    network, inputs = reader(), texts()
+    layers = trace(network, tuple(x[:2] for x in inputs)).layers
+    counts = count_usage(network, layers, inputs, PADDED)["table"]
+    whole = count_usage(network, layers, inputs)["table"]
+    assert torch.equal(counts[1:], whole[1:])
+    assert 0 < counts[0] < whole[0]
+    # Padding has no gradients; labels are drawn in another order, so few samples are too few.
+    several = tuple(x.repeat(40, 1) for x in inputs)
+    found = collect_gradients(network, layers, several, lambda: None, PADDED)
+    wanted = collect_gradients(network, layers, several)
+    for name, one in found.items():
+        torch.testing.assert_close(one.fisher.sum(), wanted[name].fisher.sum(), rtol=0.1, atol=0)
+
+
+def test_batches_of_a_training_hold_samples_of_about_the_same_length() -> None:
+    lengths = PADDED.lengths(texts(2000))
+    samples = torch.arange(2000)
+    batches = epoch_batches(samples, 32, 0, 0, lengths)
+    plain = epoch_batches(samples, 32, 0, 0)
+    assert [len(b) for b in batches] == [32] * 62
+    # The same samples, so that a teacher's outputs are asked for in the same order.
+    for start in range(0, 62, 16):
+        parts = [torch.cat(list(b[start : start + 16])).sort().values for b in (batches, plain)]
+        assert torch.equal(*parts)
+
+    def positions(some: tuple[Tensor, ...]) -> float:
+        return sum(float(lengths[b].max()) for b in some) / len(some)
+
+    assert positions(batches) < 0.75 * positions(plain)
+    widths = [int(lengths[b].max()) for b in batches[:16]]
+    assert widths != sorted(widths)
+    assert not torch.equal(batches[0], epoch_batches(samples, 32, 0, 1, lengths)[0])
+
+
+def test_a_teacher_says_the_same_without_padding() -> None:
+    network, split = reader(), Split(texts(300))
+    samples = torch.tensor([3, 299, 0])
+    plain, cut = (
+        find_teacher_outputs(network, split, RecoveryContext(bf16=False, padding=padding))
+        for padding in (NO_PADDING, PADDED)
+    )
+    (wanted,), (found,) = plain.of(samples) or [], cut.of(samples) or []
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("method", ["response", "feature"])
+def test_trainings_see_cut_batches(method: str) -> None:
+    network, split = reader(), Split(texts(300))
+    teacher, widths = reader(), []
+    network.head.weight.data.mul_(0.5)
+    handle = network.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    recover_network(
+        network, teacher, split, Recover(epochs=1.0, method=method),
+        RecoveryContext(bf16=False, padding=PADDED),
+    )  # fmt: skip
+    handle.remove()
+    # Maps of features are looked for at full length, once.
+    assert widths.count(LENGTH) <= 1 and len(set(widths)) > 2
