@@ -130,6 +130,8 @@ def prepare(
     for warning in check_workload(workload):
         progress.note(f"warning: {warning}")
     workload = arranged(workload)
+    if workload.padding.axes:
+        progress.note("samples end in padding, which statistics and trainings leave out")
     progress.stage("trace network")
     graph = trace(workload.network, workload.example_inputs)
     for note in graph.notes:
