@@ -119,7 +119,7 @@ Measure = Callable[[Plan, str], Evaluation]
 
 def first_epochs(epoch_steps: int) -> float:
     """Epochs of a first round: half of one, or more where an epoch has few steps."""
-    return min(max(EPOCHS, _FEWEST_STEPS / epoch_steps), _MOST_EPOCHS)
+    return round(min(max(EPOCHS, _FEWEST_STEPS / epoch_steps), _MOST_EPOCHS), 1)
 
 
 def choose_shapes(

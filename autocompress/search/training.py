@@ -75,12 +75,11 @@ class SurvivorTraining:
         for number in range(MOST_ROUNDS):
             if number >= ROUNDS and not self._has_time_for(shapes, number):
                 break
-            limit_s = max(0.0, self._deadline_s - self._context.budget.spent_s)
-            name = f"train, round {number + 1}" + (f" of {ROUNDS}" if number < ROUNDS else "")
-            self._context.progress.stage(name, len(shapes), limit_s=limit_s)
+            self._begin(number, len(shapes))
             trained, whole = run_round(shapes, number, self._measure, self._done)
             while number == 0 and whole and (further := self._further(trained, seconds)):
                 # The pace was worse than it is: there is time for more.
+                self._begin(number, len(further))
                 more, whole = run_round(further, number, self._measure, self._done)
                 before |= {t.shape.steps.hash: t.shape.metric for t in more}
                 trained += more
@@ -96,6 +95,11 @@ class SurvivorTraining:
         for report in reports:
             if report.trained:
                 self._context.progress.note(report.text())
+
+    def _begin(self, number: int, shapes: int) -> None:
+        limit_s = max(0.0, self._deadline_s - self._context.budget.spent_s)
+        name = f"train, round {number + 1}" + (f" of {ROUNDS}" if number < ROUNDS else "")
+        self._context.progress.stage(name, shapes, limit_s=limit_s)
 
     def _shapes(self, seconds: float) -> list[Shape]:
         """As many of the front's shapes as there is time for, by the pace of a first training."""
