@@ -179,8 +179,8 @@ class TeacherOutputs:
         """A chunk's samples; with padding in parts of about the same length."""
         if not self._padding.axes:
             return (chunk,)
-        lengths = self._padding.lengths(tuple(x[chunk] for x in self._inputs))
-        return torch.split(chunk[lengths.argsort(stable=True)], _PART)
+        inputs = tuple(x[chunk] for x in self._inputs)
+        return tuple(chunk[part] for part in self._padding.parts(inputs, _PART))
 
     def _run(self, inputs: Inputs) -> list[Tensor]:
         with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):

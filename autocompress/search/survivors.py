@@ -158,7 +158,7 @@ def choose_shapes(
     members = list(best.values())
     order = by_potential([[e] for e in members], (original, wanted), _LEFT_FIRST, count)
     ways = _ways(_on_front(alive, objectives))
-    return [replace(_shape(members[i], ways), epochs=epochs) for i in order]
+    return [_shape(members[i], ways, epochs) for i in order]
 
 
 def by_potential(
@@ -284,10 +284,11 @@ def shapes_for(seconds: float, pace_s: float | None, measuring_s: float = 0.0) -
     return int(np.clip(seconds / (ROUNDS * pace_s + measured * measuring_s), _FEWEST, _MOST))
 
 
-def _shape(evaluation: Evaluation, ways: Sequence[tuple[Plan, str]]) -> Shape:
+def _shape(evaluation: Evaluation, ways: Sequence[tuple[Plan, str]], epochs: float) -> Shape:
     own = (_quantization_of(evaluation), evaluation.runtime)
     others = [way for way in ways if way != own]
-    return Shape(_shape_of(evaluation), evaluation.metric.value, (own, *others[: _WAYS - 1]))
+    chosen = (own, *others[: _WAYS - 1])
+    return Shape(_shape_of(evaluation), evaluation.metric.value, chosen, epochs)
 
 
 def _ways(members: Sequence[Evaluation]) -> list[tuple[Plan, str]]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -51,7 +52,7 @@ def _axis_of(name: str, axes: Axes) -> int | None:
 
 
 def _same_outputs(network: nn.Module, inputs: Inputs, padding: Padding) -> bool:
-    order = padding.lengths(inputs).argsort(stable=True)
+    order = torch.cat(padding.parts(inputs, _BATCH))
     wanted = network_outputs(network, tuple(x[order] for x in inputs), _BATCH)
     try:
         parts = [network_outputs(network, batch) for batch in padding.batches(inputs, _BATCH)]

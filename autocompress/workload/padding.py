@@ -58,8 +58,12 @@ class Padding:
         if not self.axes:
             yield from zip(*(torch.split(x, size) for x in inputs), strict=True)
             return
-        for part in torch.split(self.lengths(inputs).argsort(stable=True), size):
+        for part in self.parts(inputs, size):
             yield self.cut(tuple(x[part] for x in inputs))
+
+    def parts(self, inputs: Inputs, size: int) -> tuple[Tensor, ...]:
+        """Samples' numbers by rising length, so many together; in their order without padding."""
+        return torch.split(self.lengths(inputs).argsort(stable=True), size)
 
 
 NO_PADDING = Padding()

@@ -31,10 +31,10 @@ class OwnFolder:
         _tidy(kind)
         made = Path(tempfile.mkdtemp(prefix=_MADE))
         # Locked before it has a name that others tidy.
-        self._handle = os.open(made, os.O_RDONLY | os.O_CLOEXEC)
-        fcntl.flock(self._handle, fcntl.LOCK_EX)
+        handle = os.open(made, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(handle, fcntl.LOCK_EX)
         self.path = made.rename(made.with_name(_prefix(kind) + made.name.removeprefix(_MADE)))
-        self._end = finalize(self, _remove, self.path, self._handle)
+        self._end = finalize(self, _remove, self.path, handle)
 
     def remove(self) -> None:
         """Delete it with all that is in it; nothing, if that was done before."""
