@@ -161,7 +161,7 @@ class Builder:
         """
         clock = Stopwatch()
         self.path(name).with_suffix(CODED_SUFFIX).unlink(missing_ok=True)
-        options = advised_options(self._bank.network, self._bank.graph.layers)
+        options = advised_options(self._bank.network, self._bank.graph.layers, self._profile)
         with clock.step("build"):
             self._stock(onnx.load(original), self.path(name), options)
         return Artifact(self.path(name), {"ranges": options.mode}, clock.seconds)
@@ -254,8 +254,9 @@ class Builder:
         if not isinstance(choice, StockQuantizer) or choice.mode == "none":
             return quantized.model, quantized.labels
         options = StockOptions(
-            choice.mode, choice.per_channel, choice.signed_activations, choice.calibration
-        )
+            choice.mode, choice.per_channel, choice.signed_activations, choice.calibration,
+            reduce_range=self._profile.integer_weight_bits < 8,
+        )  # fmt: skip
         with tempfile.TemporaryDirectory(dir=self._artifacts.parent) as folder:
             target = Path(folder) / "stock.onnx"
             self._stock(quantized.model, target, options)

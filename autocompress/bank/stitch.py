@@ -27,7 +27,7 @@ from autocompress.graph.groups import (
 from autocompress.graph.layers import NORM_TYPES
 from autocompress.graph.norms import fold_batch_norm
 from autocompress.plan import Decision, Plan
-from autocompress.techniques import TECHNIQUES, dropped_by
+from autocompress.techniques import TECHNIQUES, dropped_by, pruning_ratio_of
 from autocompress.techniques.equalize import equalized
 from autocompress.techniques.technique import (
     BlockTechnique,
@@ -177,8 +177,7 @@ def channels_to_remove(
             given=group.reason if group else "no such group",
             allowed=", ".join(g.name for g in groups.values() if g.prunable),
         )
-    ratio = cast(float, decision.model_dump()["pruning_ratio"])
-    gone = group.size - kept_size(group.size, ratio, group.step(bank.multiple))
+    gone = group.size - kept_size(group.size, pruning_ratio_of(decision), group.step(bank.multiple))
     if not gone:
         return None
     return group, sorted(bank.order(group, technique, decision)[:gone].tolist())

@@ -46,6 +46,9 @@ def measure(  # noqa: PLR0913 - every parameter is an option of the command
     from autocompress.report.measured import Wanted, measure_files, measured_table
 
     profile = load_profile(device)
+    for name in runtime or ():
+        profile.runtime(name)
+    profile = _settled(profile)
     names = tuple(runtime or profile.runtime_names)
     for name in names:
         profile.runtime(name)
@@ -89,6 +92,7 @@ def profile(
     from autocompress.measure.probe import probe
     from autocompress.report.device import device_table
 
+    wanted = _settled(wanted)
     with tempfile.TemporaryDirectory() as scratch:
         with Worker(wanted, Path(scratch)) as worker:
             found, meter = worker.fingerprint, worker.meter()
@@ -125,6 +129,17 @@ def explain(
     console = make_console()
     for part in explanation_parts(explanation, everything=everything):
         console.print(part)
+
+
+def _settled(profile: DeviceProfile) -> DeviceProfile:
+    """The profile as its device turns out to be; what it lacks is told."""
+    from autocompress.measure.settle import settle
+
+    with tempfile.TemporaryDirectory() as scratch:
+        found, notes = settle(profile, Path(scratch))
+    for note in notes:
+        say(note)
+    return found
 
 
 def _profile_network(

@@ -49,7 +49,7 @@ class MachineFacts(Strict):
     Attributes:
         cores: those that a process may run on, in order.
         accelerator: the GPU's name and driver; empty for a CPU.
-        versions: of each of the profile's runtimes, by full name.
+        versions: of each of the profile's runtimes that is installed, by full name.
     """
 
     cpu_model: str
@@ -120,9 +120,10 @@ def make_fingerprint(profile: DeviceProfile, facts: MachineFacts) -> Fingerprint
             RuntimeFacts(
                 name=r.full_name,
                 version=facts.versions[r.full_name],
-                settings=r.model_dump(mode="json", exclude={"label"}),
+                settings=r.model_dump(mode="json", exclude={"label", "optional"}),
             )
             for r in profile.runtimes
+            if r.full_name in facts.versions
         ),
     )
 
@@ -131,15 +132,22 @@ def local_facts(profile: DeviceProfile) -> MachineFacts:
     """What this machine is, as far as the profile's figures depend on it.
 
     Raises:
-        DeviceError: one of the profile's runtimes is not installed, or there is no such GPU.
+        DeviceError: a runtime that is not optional is not installed, or there is no such GPU.
     """
     model, flags = cpu_facts()
+    versions = {}
+    for settings in profile.runtimes:
+        try:
+            versions[settings.full_name] = installed_version(settings)
+        except DeviceError:
+            if not settings.optional:
+                raise
     return MachineFacts(
         cpu_model=model,
         instruction_sets=flags,
         cores=usable_cores(),
         accelerator=gpu_facts(profile.gpu) if profile.kind == "cuda" else "",
-        versions={r.full_name: installed_version(r) for r in profile.runtimes},
+        versions=versions,
     )
 
 

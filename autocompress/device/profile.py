@@ -55,6 +55,8 @@ class DeviceProfile(Strict):
         cores: what the measuring worker is pinned to; `auto` is the last `threads` cores.
         gpu: index of the GPU, for devices of kind `cuda`.
         kernels: bits per value that have real kernels, by ONNX operator.
+        integer_sums: whether kernels of 8 bits add two products in 16 bits, and cut what is too
+            large; weights for them then take 7 bits. `auto` is tried on the device.
     """
 
     version: Literal[2]
@@ -68,6 +70,7 @@ class DeviceProfile(Strict):
     batch_size: int = Field(default=1, ge=1)
     channel_multiple: int = Field(default=1, ge=1)
     kernels: dict[str, tuple[int, ...]]
+    integer_sums: Literal["auto", "exact", "saturating"] = "auto"
     measuring: MeasuringSettings
     energy: EnergySettings = EnergySettings()
 
@@ -77,12 +80,19 @@ class DeviceProfile(Strict):
         names = [r.full_name for r in value]
         if len(set(names)) != len(names):
             raise ValueError(f"two runtimes are called alike, give them a label: {names}")
+        if value[0].optional:
+            raise ValueError("the first runtime is the baseline's, and cannot be optional")
         return value
 
     @property
     def runtime_names(self) -> tuple[str, ...]:
         """The runtimes' full names; the first is the baseline's."""
         return tuple(r.full_name for r in self.runtimes)
+
+    @property
+    def integer_weight_bits(self) -> int:
+        """Bits of weights for integer kernels: two products of such fit into their sums."""
+        return 7 if self.integer_sums == "saturating" else 8
 
     def runtime(self, full_name: str) -> RuntimeSettings:
         """The settings of one of the runtimes.

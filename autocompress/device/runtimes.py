@@ -16,6 +16,7 @@ class _Common(Strict):
         distributions: the packages that may bring the runtime.
         extra: the extra of autocompress that installs it; empty where autocompress needs it anyway.
         label: what the runtime is called in `front.csv`, if not by its settings.
+        optional: leave it out, with a note, where the device cannot run it; else that is an error.
     """
 
     distributions: ClassVar[tuple[str, ...]]
@@ -23,6 +24,7 @@ class _Common(Strict):
 
     name: str
     label: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._-]+$", max_length=24)
+    optional: bool = False
 
     @property
     def full_name(self) -> str:

@@ -48,8 +48,8 @@ def pack(codes: NDArray[Any], bits: int) -> NDArray[np.uint8]:
 
 
 def storage_bits(bits: int) -> int:
-    """Bits that a stored code takes: 3 bits take 4, so that no code straddles two bytes."""
-    return 4 if bits == 3 else bits
+    """Bits that a stored code takes: 3 take 4, and 7 take 8, so that none straddles two bytes."""
+    return {3: 4, 7: 8}.get(bits, bits)
 
 
 def store_integers(model: onnx.ModelProto, weights: Sequence[WeightCodes]) -> None:

@@ -26,7 +26,7 @@ Label = Literal[
     "int8", "int8 dynamic", "int8 emulated", "int16 emulated", "4-bit kernel", "storage only"
 ]
 _INTEGER_LABELS: tuple[Label, ...] = ("int8", "int8 dynamic")
-_WEIGHT_BITS = (2, 3, 4, 8, 32)
+_WEIGHT_BITS = (2, 3, 4, 7, 8, 32)
 _FLOAT = 32
 
 

@@ -24,6 +24,7 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 
+from autocompress.device import DeviceProfile
 from autocompress.errors import ExportError
 from autocompress.graph import Layer
 from autocompress.graph.recurrent import Recurrent
@@ -47,16 +48,20 @@ class StockOptions:
         signed_activations: of static ranges; dynamic ones are always unsigned.
         calibration: how static ranges are found; entropy, by the tool's own settings, compares
             histograms of as many bins as there are integers and so cuts next to nothing.
+        reduce_range: weights of 7 bits, for kernels whose sums saturate.
     """
 
     mode: Literal["static", "dynamic"] = "static"
     per_channel: bool = True
     signed_activations: bool = False
     calibration: Literal["minmax", "percentile", "entropy"] = "minmax"
+    reduce_range: bool = False
 
 
-def advised_options(network: nn.Module, layers: Sequence[Layer]) -> StockOptions:
-    """The setting that the tool's documentation advises for a network.
+def advised_options(
+    network: nn.Module, layers: Sequence[Layer], device: DeviceProfile
+) -> StockOptions:
+    """The setting that the tool's documentation advises for a network on a device.
 
     Ranges are taken anew at each run for recurrent networks and transformers, told by linear layers
     with several positions; they are fixed for all others.
@@ -67,7 +72,10 @@ def advised_options(network: nn.Module, layers: Sequence[Layer]) -> StockOptions
     tokens = sum(x.macs for x in layers if x.kind == "linear" and x.positions > 1)
     rest = sum(x.macs for x in layers) - tokens
     recurrent = any(isinstance(module, (nn.RNNBase, Recurrent)) for module in network.modules())
-    return StockOptions("dynamic" if recurrent or tokens > rest else "static")
+    return StockOptions(
+        "dynamic" if recurrent or tokens > rest else "static",
+        reduce_range=device.integer_weight_bits < 8,
+    )
 
 
 @final
@@ -116,14 +124,15 @@ def stock_quantize(
 def _quantize(source: Path, target: Path, reader: _Reader, options: StockOptions) -> None:
     if options.mode == "dynamic":
         quantize_dynamic(
-            str(source), str(target), per_channel=options.per_channel, weight_type=QuantType.QInt8
-        )
+            str(source), str(target), per_channel=options.per_channel, weight_type=QuantType.QInt8,
+            reduce_range=options.reduce_range,
+        )  # fmt: skip
         return
     activations = QuantType.QInt8 if options.signed_activations else QuantType.QUInt8
     quantize_static(
         str(source), str(target), reader, quant_format=QuantFormat.QDQ,
         per_channel=options.per_channel, activation_type=activations, weight_type=QuantType.QInt8,
-        calibrate_method=dict(_METHODS)[options.calibration],
+        calibrate_method=dict(_METHODS)[options.calibration], reduce_range=options.reduce_range,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from autocompress.device import local_facts
 from autocompress.errors import MeasurementError
+from autocompress.measure.abilities import find_abilities
 from autocompress.measure.arrays import rows_of, write_arrays
 from autocompress.measure.child import Beat, Handler, Request, Setup, serve
 from autocompress.measure.energy import energy, meter_report
@@ -27,6 +28,11 @@ Operation = Callable[[Setup, Models, Request, Beat], dict[str, Any]]
 def facts(setup: Setup, models: Models, request: Request, beat: Beat) -> dict[str, Any]:
     """What this machine is; see `device.MachineFacts`."""
     return local_facts(setup.profile).model_dump(mode="json")
+
+
+def abilities(setup: Setup, models: Models, request: Request, beat: Beat) -> dict[str, Any]:
+    """What this machine can do of what the profile names; see `abilities.Abilities`."""
+    return find_abilities(setup.profile, setup.placement).model_dump(mode="json")
 
 
 def predict(setup: Setup, models: Models, request: Request, beat: Beat) -> dict[str, Any]:
@@ -89,6 +95,7 @@ def meter(setup: Setup, models: Models, request: Request, beat: Beat) -> dict[st
 
 OPERATIONS: Final[Mapping[str, Operation]] = {
     "facts": facts,
+    "abilities": abilities,
     "predict": predict,
     "compare": compare,
     "energy": energy,
@@ -96,7 +103,7 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "profile": profile,
 }
 # These take no figures, so they need not wait for the device.
-_LOCK_FREE: Final = ("facts",)
+_LOCK_FREE: Final = ("facts", "abilities")
 
 
 def make_handler(setup: Setup) -> Handler:

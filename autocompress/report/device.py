@@ -31,6 +31,7 @@ def device_table(
         **({"GPU": device.accelerator} if device.accelerator else {}),
         "threads": f"{device.threads}; batch {device.batch_size}",
         "channel multiple": str(profile.channel_multiple),
+        "integer kernels": _integers(profile),
         "fingerprint": device.id,
         "energy meter": _meter(meter),
     }
@@ -57,6 +58,12 @@ def where(device: Fingerprint) -> str:
         runtimes = f"{len(device.runtimes)} runtimes"
     threads = f"{device.threads} thread{'s' if device.threads > 1 else ''}"
     return f"{device.accelerator or device.cpu_model}, {runtimes}, {threads}"
+
+
+def _integers(profile: DeviceProfile) -> str:
+    if profile.integer_sums == "saturating":
+        return "cut large sums of two products: weights for them take 7 bits"
+    return "exact sums"
 
 
 def _meter(meter: MeterReport) -> str:

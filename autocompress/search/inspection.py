@@ -180,7 +180,7 @@ def inspect_network(
             sum(owner.macs or 0 for owner in inner) / macs,
         )
         blocks.append(_block_row(rules, block, shares, taken.get(block.name, ())))
-    unused, whole = tuple(unused_values(space, built)), taken.get(NETWORK, ())
+    unused, whole = tuple(unused_values(space, built, device)), taken.get(NETWORK, ())
     return Inspection(tuple(modules), groups, tuple(blocks), whole, unused, graph.notes)
 
 

@@ -14,9 +14,10 @@ from autocompress.graph.groups import kept_size
 from autocompress.measure.table.block import Block
 from autocompress.measure.table.channels import Channels, channels_of, with_channels
 from autocompress.measure.table.table import Table
+from autocompress.plan import Decision
 from autocompress.search.space import Space
 from autocompress.search.variants import Variant
-from autocompress.techniques.filter_prune import FilterPrune
+from autocompress.techniques import pruning_ratio_of
 from autocompress.techniques.technique import Stage
 
 
@@ -49,7 +50,7 @@ def kept_sizes(space: Space, group: ChannelGroup, profile: DeviceProfile) -> tup
         for parameter in space.parameters
         if parameter.stage is Stage.PRUNE and group.name in parameter.targets
         for decision in parameter.decisions
-        if isinstance(decision, FilterPrune)
+        if pruning_ratio_of(decision)
     }
     return tuple(sorted(sizes, reverse=True))
 
@@ -119,10 +120,10 @@ def _counts(group: ChannelGroup, kept: int) -> dict[tuple[str, str], int]:
     }
 
 
-def kept_channels(group: ChannelGroup, decision: FilterPrune, profile: DeviceProfile) -> int:
+def kept_channels(group: ChannelGroup, decision: Decision, profile: DeviceProfile) -> int:
     """The channels that a decision leaves of a group."""
     step = group.step(profile.channel_multiple)
-    return kept_size(group.size, decision.pruning_ratio, step)
+    return kept_size(group.size, pruning_ratio_of(decision), step)
 
 
 def _total(blocks: Sequence[Block], table: Table) -> Span | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import final
 
@@ -13,9 +12,7 @@ import numpy as np
 from autocompress.build import Builder
 from autocompress.device import DeviceProfile
 from autocompress.errors import ExportError, MeasurementError, PlanError, SearchError
-from autocompress.evaluate import Device
 from autocompress.measure.client import Subject, Worker
-from autocompress.measure.host import host_of
 from autocompress.measure.latency import PairedLatency
 from autocompress.measure.table.cut import Cut, cut_file
 from autocompress.measure.table.families import traits_of
@@ -38,7 +35,6 @@ from autocompress.search.network_report import Miss, NetworkReport, PlanLatency
 from autocompress.search.prepare import Options, Prepared, fill_bank, prepare
 from autocompress.search.progress import Progress, Silent
 from autocompress.search.random_plans import random_plans
-from autocompress.search.space import build_space
 from autocompress.search.thin import thin_space
 from autocompress.search.variants import find_variants
 
@@ -75,6 +71,8 @@ def profile_network(
     progress = progress or Silent()
     runtime = profile.runtime(runtime or profile.runtime_names[0]).full_name
     prepared = _prepare(profile, experiment, progress)
+    # An optional one may turn out to be missing.
+    prepared.profile.runtime(runtime)
     with tempfile.TemporaryDirectory() as scratch:
         return _Profiling(prepared, runtime, Path(scratch), progress).run(plans, seed)
 
@@ -83,9 +81,7 @@ def _prepare(profile: DeviceProfile, experiment: Path, progress: Progress) -> Pr
     """Load the experiment for a device; solved variants are kept beside the table."""
     folder = cache_path("").parent / "networks" / experiment.stem
     # Nothing is searched: a limit is given for experiments that have none.
-    prepared = prepare(experiment, Options(run=folder, trials=1), progress)
-    space = build_space(prepared.graph, prepared.identity.space, profile)
-    return replace(prepared, device=Device(profile, host_of(profile)), space=space)
+    return prepare(experiment, Options(run=folder, trials=1), progress, profile=profile)
 
 
 @final

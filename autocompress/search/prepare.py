@@ -32,7 +32,7 @@ from autocompress.graph import NetworkGraph, trace
 from autocompress.measure.host import host_of
 from autocompress.measure.host_interface import Host
 from autocompress.measure.meters import meter_for
-from autocompress.measure.runtimes import check_runtimes
+from autocompress.measure.settle import settle
 from autocompress.plan import Decision
 from autocompress.search.arrange import arranged
 from autocompress.search.limits import parse_limits
@@ -105,6 +105,7 @@ def prepare(
     options: Options,
     progress: Progress,
     find_host: Callable[[DeviceProfile], Host] = host_of,
+    profile: DeviceProfile | None = None,
 ) -> Prepared:
     """Load and check all that a search needs; writes nothing.
 
@@ -112,6 +113,7 @@ def prepare(
 
     Args:
         find_host: where a profile's device is.
+        profile: takes the place of the experiment's own.
 
     Raises:
         AutocompressError: whatever is wrong with experiment, device, workload or network.
@@ -119,9 +121,11 @@ def prepare(
     keep_freed_memory()
     experiment = with_options(load_experiment(path), options)
     space_file = load_search_space(experiment.search_space, path)
-    profile = load_profile(experiment.device, path)
-    device = Device(profile, find_host(profile))
-    fingerprint = check_device(device, experiment.objectives)
+    profile = profile or load_profile(experiment.device, path)
+    device, fingerprint, notes = open_device(profile, find_host(profile), experiment.objectives)
+    profile = device.profile
+    for note in notes:
+        progress.note(note)
     progress.stage("load workload")
     clock = Stopwatch()
     with clock.step("workload"):
@@ -141,7 +145,7 @@ def prepare(
     graph = graph.leaving(exporter.faults)
     space = build_space(graph, space_file, profile)
     check_training_data(space, workload)
-    unused = unused_values(space_file, space)
+    unused = unused_values(space_file, space, profile)
     if unused:
         progress.note(
             "not searched, because no layer takes it, the device has no kernel for it, or it makes "
@@ -185,19 +189,19 @@ def note_left(graph: NetworkGraph, progress: Progress) -> None:
         )
 
 
-def check_device(device: Device, objectives: Sequence[Objective]) -> Fingerprint:
-    """What the device is, after checking that it is there and can take every figure wanted.
+def open_device(
+    profile: DeviceProfile, host: Host, objectives: Sequence[Objective]
+) -> tuple[Device, Fingerprint, tuple[str, ...]]:
+    """A device as it turns out to be, and notes on what of its profile it lacks.
 
     Raises:
-        DeviceError: it lacks cores, a GPU, a runtime or a meter.
+        DeviceError: it lacks cores, a GPU, a runtime that is not optional, or a meter.
     """
-    profile = device.profile
     with tempfile.TemporaryDirectory() as scratch:
-        facts = device.host.facts(Path(scratch))
-    if device.host.here:
-        check_runtimes(profile)
-        if "energy" in objectives:
-            meter_for(profile)
+        facts = host.facts(Path(scratch))
+        profile, notes = settle(profile, Path(scratch), host)
+    if host.here and "energy" in objectives:
+        meter_for(profile)
     if "gpu_memory" in objectives and profile.kind != "cuda":
         raise DeviceError(
             "The objective gpu_memory needs a device with a GPU.",
@@ -205,7 +209,7 @@ def check_device(device: Device, objectives: Sequence[Objective]) -> Fingerprint
             allowed="a profile of kind cuda",
             advice="take peak_memory, the resident bytes, instead",
         )
-    return make_fingerprint(profile, facts)
+    return Device(profile, host), make_fingerprint(profile, facts), notes
 
 
 def check_training_data(space: Space, workload: Workload) -> None:

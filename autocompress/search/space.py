@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -20,11 +20,18 @@ from autocompress.search.space_rules import (
     fixed_decisions,
     is_identity,
     offered_decisions,
+    on_device,
     quantizes_all,
     targets_of,
     ties,
 )
-from autocompress.techniques import BlockTechnique, consistent, technique_named, technique_of
+from autocompress.techniques import (
+    BlockTechnique,
+    Technique,
+    consistent,
+    technique_named,
+    technique_of,
+)
 from autocompress.techniques.technique import NETWORK, Stage
 
 
@@ -158,17 +165,26 @@ def open_space(graph: NetworkGraph, space: SearchSpace, device: DeviceProfile) -
     return Space(parameters, tuple(s for s in steps if not is_identity(s.decision)))
 
 
-def unused_values(space: SearchSpace, built: Space) -> list[str]:
+def unused_values(space: SearchSpace, built: Space, device: DeviceProfile) -> list[str]:
     """Values that a search space file names and no layer, group or network takes, as texts."""
     taken = [d for p in built.parameters for d in p.decisions]
-    unused = [
-        f"{name} {field} {value}"
-        for name, grids in space.techniques.items()
-        for grid in grids
-        for field, values in grid.items()
-        for value in values
-        if not any(d.technique == name and getattr(d, field) == value for d in taken)
-    ]
+
+    def used(technique: Technique, offered: Sequence[Decision], field: str, value: object) -> bool:
+        named = [d for d in offered if getattr(d, field) == value]
+        meant = {getattr(on_device(technique, d, device), field) for d in named} | {value}
+        return any(d.technique == technique.name and getattr(d, field) in meant for d in taken)
+
+    unused = []
+    for name, grids in space.techniques.items():
+        technique = technique_named(name)
+        for grid in grids:
+            offered = offered_decisions(technique, [grid], space.name)
+            unused += [
+                f"{name} {field} {value}"
+                for field, values in grid.items()
+                for value in values
+                if not used(technique, offered, field, value)
+            ]
     return list(dict.fromkeys(unused))
 
 

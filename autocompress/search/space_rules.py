@@ -67,9 +67,19 @@ class Rules:
             return technique.choices(self.graph.group(target), offered, self.device)
         if isinstance(technique, LayerTechnique):
             layer = self.graph.layer(target)
-            suits = layer.kind in technique.kinds
-            return technique.choices(layer, offered, self.device) if suits else ()
+            if layer.kind not in technique.kinds:
+                return ()
+            # Each once: what an explicit value and a replaced one come to may be the same.
+            meant = dict.fromkeys(on_device(technique, d, self.device) for d in offered)
+            return technique.choices(layer, tuple(meant), self.device)
         return technique.choices(self.graph, offered, self.device)
+
+
+def on_device(technique: Technique, decision: Decision, device: DeviceProfile) -> Decision:
+    """A decision as a device's kernels need it."""
+    if isinstance(technique, LayerTechnique):
+        return technique.on_device(decision, device)
+    return decision
 
 
 def targets_of(technique: Technique, graph: NetworkGraph) -> tuple[str, ...]:
@@ -94,7 +104,8 @@ def fixed_decisions(rules: Rules) -> dict[Place, Decision]:
     for pattern, techniques in rules.space.fix.items():
         for name, fields in techniques.items():
             technique = technique_named(name)
-            decision = _decision(technique, fields, f"fix of '{pattern}'")
+            named = _decision(technique, fields, f"fix of '{pattern}'")
+            decision = on_device(technique, named, rules.device)
             for target in _matching(pattern, targets_of(technique, rules.graph), f"fix, {name}"):
                 _check_fixed(rules, target, decision)
                 place = (technique.stage, target)

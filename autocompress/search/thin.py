@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeGuard, final
+from typing import final
 
 from autocompress.config import Objective
 from autocompress.device import DeviceProfile
@@ -16,7 +16,7 @@ from autocompress.plan import Decision
 from autocompress.search.levels import Span, group_times, kept_channels, layer_time
 from autocompress.search.space import Parameter, Space
 from autocompress.search.variants import Variant
-from autocompress.techniques.filter_prune import FilterPrune
+from autocompress.techniques import pruning_ratio_of
 from autocompress.techniques.precision import Precision
 from autocompress.techniques.technique import Stage
 
@@ -88,7 +88,8 @@ def _slow_prunings(
     table: Table,
     profile: DeviceProfile,
 ) -> dict[Decision, str]:
-    decisions = {d: kept_channels(group, d, profile) for d in parameter.decisions if _prunes(d)}
+    pruning = [d for d in parameter.decisions if pruning_ratio_of(d)]
+    decisions = {d: kept_channels(group, d, profile) for d in pruning}
     sizes = sorted(set(decisions.values()), reverse=True)
     times = [group_times(variant, group, sizes, table) for variant in variants]
     reasons: dict[int, str] = {}
@@ -104,10 +105,6 @@ def _slow_prunings(
         )
         reasons[kept] = f"{group.name} {milder} -> {kept} channels: {texts}, no faster"
     return {d: reasons[kept] for d, kept in decisions.items() if kept in reasons}
-
-
-def _prunes(decision: Decision) -> TypeGuard[FilterPrune]:
-    return isinstance(decision, FilterPrune)
 
 
 def _slow_precisions(

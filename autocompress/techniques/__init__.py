@@ -70,6 +70,13 @@ def technique_of(decision: Decision) -> Technique:
     return technique_named(decision.technique)
 
 
+def pruning_ratio_of(decision: Decision) -> float:
+    """The share of a group's channels that a decision asks to take; 0 where it prunes none."""
+    if not isinstance(technique_of(decision), GroupTechnique):
+        return 0.0
+    return float(decision.model_dump()["pruning_ratio"])
+
+
 def read_plan(rows: Sequence[Mapping[str, Any]]) -> Plan:
     """Read a plan back from the rows of its JSON.
 

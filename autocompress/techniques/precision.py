@@ -41,7 +41,8 @@ class Precision(Decision):
     """Store a layer's weight, and run its inputs, with so many bits; 32 is floating point.
 
     Attributes:
-        weight_bits: integers from -(2^(bits-1) - 1) to 2^(bits-1) - 1; at 2 bits -1, 0 and 1.
+        weight_bits: integers from -(2^(bits-1) - 1) to 2^(bits-1) - 1; at 2 bits -1, 0 and 1. 7
+            bits are stored in 8: integer kernels that add two products in 16 bits need them.
         activation_bits: of the layer's inputs; needs a kernel of the device unless it is 32.
         granularity: what shares a scale: the whole weight (its batch norm folded), an output
             channel, or 32 columns of an output channel's unfolded weight.
@@ -54,7 +55,7 @@ class Precision(Decision):
     """
 
     technique: ClassVar[str] = "precision"
-    weight_bits: Literal[32, 8, 4, 3, 2]
+    weight_bits: Literal[32, 8, 7, 4, 3, 2]
     activation_bits: Literal[32, 16, 8]
     granularity: Literal["tensor", "channel", "group"] = "channel"
     rounding: Literal["nearest", "gptq"] = "gptq"
@@ -99,6 +100,14 @@ def _choices(
         if changes and decision.activation_bits in widths:
             distinct.setdefault(_effect(layer, decision), decision)
     return tuple(sorted(distinct.values(), key=_strength))
+
+
+def _on_device(decision: Decision, device: DeviceProfile) -> Decision:
+    """With weights of 7 bits in place of 8 for integer kernels whose sums saturate."""
+    assert isinstance(decision, Precision)
+    if decision.activation_bits == 8 and decision.weight_bits == 8:
+        return decision.model_copy(update={"weight_bits": device.integer_weight_bits})
+    return decision
 
 
 def _effect(layer: Layer, decision: Precision) -> tuple[object, ...]:
@@ -218,7 +227,7 @@ def _stored_bytes(layer: Layer, decision: Decision, multiple: int) -> int:
     grid = _grid(decision)
     scales = 1 if grid.per_tensor else layer.out_channels * grid.groups(layer.in_features)
     # Three bits are stored as four.
-    per_byte = {8: 1, 4: 2, 3: 2, 2: 4}[decision.weight_bits]
+    per_byte = {8: 1, 7: 1, 4: 2, 3: 2, 2: 4}[decision.weight_bits]
     return -(-weights // (1 if decision.activation_bits == 8 else per_byte)) + 4 * scales
 
 
@@ -229,6 +238,7 @@ PRECISION = LayerTechnique(
     identity=Precision(weight_bits=32, activation_bits=32),
     levels=(),
     choices=_choices,
+    on_device=_on_device,
     solve=_solve,
     install=_install,
     stored_bytes=_stored_bytes,

@@ -180,6 +180,11 @@ class GroupTechnique:
     uses_gradients: Callable[[Decision], bool] = no_gradients
 
 
+def on_any_device(decision: Decision, device: DeviceProfile) -> Decision:
+    """The decision itself."""
+    return decision
+
+
 @final
 @dataclass(frozen=True)
 class LayerTechnique:
@@ -201,6 +206,7 @@ class LayerTechnique:
         folds_norm: whether a decision needs the batch norm to be part of the layer before.
         shares_solve: whether `solve` ignores the levels for a decision like that.
         kinds: of the layers that it can be applied to.
+        on_device: a decision as a device's kernels need it.
     """
 
     name: str
@@ -216,6 +222,7 @@ class LayerTechnique:
     folds_norm: Callable[[Decision], bool] = keeps_norm
     shares_solve: Callable[[Decision], bool] = shares_always
     kinds: tuple[LayerKind, ...] = ("conv", "linear")
+    on_device: Callable[[Decision, DeviceProfile], Decision] = on_any_device
 
 
 @final

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from models import calibration, candidate, operators, relative_error, run_onnx, values
-from networks import exporter_of, graph_of, make_case
+from networks import exporter_of, graph_of, make_case, make_device
 from torch import nn
 
 from autocompress.errors import ExportError
@@ -57,12 +57,14 @@ def test_options_reach_the_tool(tmp_path: Path) -> None:
     [("residual", "static"), ("two_inputs", "static"), ("attention", "dynamic")],
 )
 def test_ranges_are_taken_as_the_tool_advises(kind: str, mode: str) -> None:
-    assert advised_options(make_case(kind).network, graph_of(kind).layers).mode == mode
+    assert (
+        advised_options(make_case(kind).network, graph_of(kind).layers, make_device()).mode == mode
+    )
 
 
 def test_recurrent_networks_take_ranges_anew() -> None:
     network = nn.ModuleDict({"lstm": nn.LSTM(4, 4), "head": nn.Linear(4, 2)})
-    assert advised_options(network, ()).mode == "dynamic"
+    assert advised_options(network, (), make_device()).mode == "dynamic"
 
 
 def test_percentiles_cut_what_minmax_keeps(tmp_path: Path) -> None:

@@ -118,9 +118,11 @@ def test_the_transformer_space_offers_whole_layers() -> None:
     file = load_search_space("transformer")
     space = build_space(graph_of("stacked"), file, make_device())
     assert dropping(space) == list(BLOCKS)
-    assert not [text for text in unused_values(file, space) if text.startswith("block_drop")]
+    assert not [
+        text for text in unused_values(file, space, make_device()) if text.startswith("block_drop")
+    ]
     without = build_space(graph_of("attention"), file, make_device())
-    assert "block_drop drop True" in unused_values(file, without)
+    assert "block_drop drop True" in unused_values(file, without, make_device())
 
 
 def inspected(techniques=TECHNIQUES, **keys) -> Inspection:

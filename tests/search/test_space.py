@@ -216,7 +216,7 @@ def test_several_grids_of_a_technique_are_joined(graph):
         (8, 32, "static"), (8, 8, "dynamic"), (8, 8, "static"),
         (4, 32, "static"), (4, 8, "static"),
     ]  # fmt: skip
-    assert unused_values(file, space) == []
+    assert unused_values(file, space, load_profile("cpu")) == []
 
 
 def test_a_tie_has_the_levels_of_the_target_that_tells_the_most_apart():

@@ -54,7 +54,7 @@ def test_values_that_nothing_takes_are_named(graph):
     }
     file = SearchSpace(version=1, name="mine", techniques=techniques)
     built = build_space(graph, file, load_profile("cpu"))
-    assert unused_values(file, built) == ["precision activation_bits 16"]
+    assert unused_values(file, built, load_profile("cpu")) == ["precision activation_bits 16"]
 
 
 def test_combinations_that_are_refused_are_left_out_if_their_values_are_in_others(graph):

@@ -77,7 +77,7 @@ def some_values(schema: dict[str, Any]) -> list[Any]:
 
 def wrong_values(schema: dict[str, Any]) -> list[Any]:
     if "const" in schema or "enum" in schema:
-        return [7, "eight", None]
+        return [9, "eight", None]
     if schema["type"] == "boolean":
         return [7, "perhaps", None]
     low = schema.get("minimum", schema.get("exclusiveMinimum"))

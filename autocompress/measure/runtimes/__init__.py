@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autocompress.device import DeviceProfile, RuntimeSettings
+from autocompress.device import RuntimeSettings
 from autocompress.errors import DeviceError
 from autocompress.measure.runtimes.onnxruntime_cpu import OnnxRuntimeCpu
 from autocompress.measure.runtimes.onnxruntime_cuda import OnnxRuntimeCuda
@@ -11,7 +11,7 @@ from autocompress.measure.runtimes.pytorch import PyTorch
 from autocompress.measure.runtimes.tensorrt import TensorRt
 from autocompress.measure.session import Runtime
 
-__all__ = ["RUNTIMES", "check_runtimes", "runtime_for"]
+__all__ = ["RUNTIMES", "runtime_for"]
 
 RUNTIMES: tuple[Runtime, ...] = (
     OnnxRuntimeCpu(),
@@ -37,13 +37,3 @@ def runtime_for(settings: RuntimeSettings) -> Runtime:
         allowed=", ".join(runtime.name for runtime in RUNTIMES),
         advice="correct `runtimes` in the device profile",
     )
-
-
-def check_runtimes(profile: DeviceProfile) -> None:
-    """Check that this machine can run models in every runtime of a profile.
-
-    Raises:
-        DeviceError: one is not available.
-    """
-    for settings in profile.runtimes:
-        runtime_for(settings).check_available(settings)

@@ -12,8 +12,8 @@ from autocompress.graph import Block, ChannelGroup, Layer, NetworkGraph
 from autocompress.graph.groups import kept_size
 from autocompress.plan import Decision
 from autocompress.search.space import Parameter, Space
+from autocompress.techniques import pruning_ratio_of
 from autocompress.techniques.decomposed import Part, fits, handlers, parts_of, ranks
-from autocompress.techniques.filter_prune import FilterPrune
 from autocompress.techniques.low_rank import LowRank
 from autocompress.techniques.technique import Stage
 
@@ -272,7 +272,7 @@ def _pruning(layer: Layer, group: ChannelGroup, parameter: Parameter, multiple: 
     }  # fmt: skip
     kept = [group.size]
     for decision in parameter.decisions:
-        ratio = decision.pruning_ratio if isinstance(decision, FilterPrune) else 0.0
+        ratio = pruning_ratio_of(decision)
         kept.append(kept_size(group.size, ratio, group.step(multiple)))
     gone = [group.size - size for size in kept]
     return Pruning(parameter, tuple((sides["in"] * n, sides["out"] * n) for n in gone))
