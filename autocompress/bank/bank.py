@@ -95,7 +95,7 @@ class Bank:
         inputs = tuple(x[: settings.statistics_samples] for x in inputs)
         self._identity = make_key(
             _SOLVERS, network_hash(self.network), tensors_hash(inputs), settings.rows_per_layer,
-            *padding.axes,
+            *padding.key,
         )  # fmt: skip
         self._observations = self._observing(inputs, settings.rows_per_layer, padding)
         self._observations.gather(counter)

@@ -192,7 +192,7 @@ class TeacherOutputs:
     def _find_path(self, folder: Path) -> Path:
         key = make_key(
             _VERSION, network_hash(self._network), tensors_hash(self._inputs),
-            tensors_hash(self._chunks), self._bf16, self._device.type, *self._padding.axes,
+            tensors_hash(self._chunks), self._bf16, self._device.type, *self._padding.key,
         )  # fmt: skip
         digest = hashlib.sha256(key.encode()).hexdigest()[:12]
         return folder / f"teacher-{digest}.safetensors"

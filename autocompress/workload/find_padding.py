@@ -8,6 +8,7 @@ trainings that run them waste their time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,18 +33,24 @@ Inputs = tuple[Tensor, ...]
 def find_padding(network: nn.Module, inputs: Inputs, dynamic_axes: Sequence[Axes]) -> Padding:
     """What of some samples is padding; nothing where the network's outputs depend on it.
 
+    Some samples are run by themselves without their padding, the shortest one among them: batches
+    are never cut to fewer positions than it has. Outputs whose shape follows the length depend
+    on it.
+
     Args:
         network: in evaluation mode.
-        inputs: n samples in dimension 0, of which some are tried.
+        inputs: n samples in dimension 0.
         dynamic_axes: as in `Workload`; the first name that stands for padding is taken.
     """
-    some = tuple(x[:_TRIED] for x in inputs)
     for name in dict.fromkeys(name for axes in dynamic_axes for name in axes.values()):
         padding = Padding(tuple(_axis_of(name, axes) for axes in dynamic_axes))
-        size = max(x.shape[a] for x, a in zip(some, padding.axes, strict=True) if a is not None)
-        kept = float(padding.lengths(inputs).double().mean()) / size
-        if kept <= 1 - _LEAST_SHARE and _same_outputs(network, some, padding):
-            return padding
+        size = max(x.shape[a] for x, a in zip(inputs, padding.axes, strict=True) if a is not None)
+        lengths = padding.lengths(inputs)
+        tried = _telling(lengths, size)
+        if float(lengths.double().mean()) > (1 - _LEAST_SHARE) * size or len(tried) == 0:
+            continue
+        if _same_outputs(network, tuple(x[tried] for x in inputs), padding):
+            return replace(padding, shortest=int(lengths[tried].min()))
     return NO_PADDING
 
 
@@ -51,11 +58,23 @@ def _axis_of(name: str, axes: Axes) -> int | None:
     return next((axis for axis, other in axes.items() if other == name), None)
 
 
+def _telling(lengths: Tensor, size: int) -> Tensor:
+    """Numbers of some samples that get shorter, evenly spaced by length from the shortest one.
+
+    A sample that is the same all over tells nothing: its mean, too, is the same at every length.
+    """
+    order = lengths.argsort(stable=True)
+    order = order[(lengths[order] > 1) & (lengths[order] < size)]
+    count = min(_TRIED, len(order))
+    return order[torch.arange(count) * len(order) // max(count, 1)]
+
+
 def _same_outputs(network: nn.Module, inputs: Inputs, padding: Padding) -> bool:
-    order = torch.cat(padding.parts(inputs, _BATCH))
-    wanted = network_outputs(network, tuple(x[order] for x in inputs), _BATCH)
+    """Whether a network makes the same of samples, of rising length, if each is cut by itself."""
+    wanted = network_outputs(network, inputs, _BATCH)
     try:
-        parts = [network_outputs(network, batch) for batch in padding.batches(inputs, _BATCH)]
+        # Together only the longest would lose all of its padding.
+        parts = [network_outputs(network, sample) for sample in padding.batches(inputs, 1)]
         found = [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
     except (WorkloadError, ValueError):
         # It needs the full length, or its outputs have one.

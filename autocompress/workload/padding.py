@@ -22,9 +22,16 @@ class Padding:
 
     Attributes:
         axes: per input, None where it has no such axis; empty where nothing can be cut off.
+        shortest: positions that always stay, since the network is not known to take fewer.
     """
 
     axes: tuple[int | None, ...] = ()
+    shortest: int = 1
+
+    @property
+    def key(self) -> tuple[int | None, ...]:
+        """What tells it from others in the names of files; empty without padding."""
+        return (*self.axes, self.shortest) if self.axes else ()
 
     def lengths(self, inputs: Inputs) -> Tensor:
         """Positions of each sample that have to stay, shape (n,), int64; zeros without padding."""
@@ -34,8 +41,10 @@ class Padding:
                 rows = x.movedim(axis, 1).reshape(len(x), x.shape[axis], -1)
                 other = (rows != rows[:, -1:]).any(2)
                 places = torch.arange(1, x.shape[axis] + 1, device=x.device)
-                last = (other * places).amax(1)
-                lengths = torch.maximum(lengths, (last + 1).clamp(max=x.shape[axis]).cpu())
+                ends = (other * places).amax(1) + 1
+                # Samples that are shorter as a whole stay whole.
+                ends = ends.clamp(min=self.shortest).clamp(max=x.shape[axis])
+                lengths = torch.maximum(lengths, ends.cpu())
         return lengths
 
     def cut(self, inputs: Inputs) -> Inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from autocompress.workload import NO_PADDING, Padding, Split, find_padding
 
 WORDS, LENGTH, WIDTH = 30, 12, 8
 PADDED = Padding((1, 1))
+FOUND = Padding((1, 1), shortest=2)
 AXES = ({1: "length"}, {1: "length"})
 
 
@@ -58,6 +60,14 @@ class Fixed(Reader):
         return super().forward(tokens, mask)
 
 
+class AtLeastFour(Reader):
+    """Needs a few words, as one with a convolution over them does."""
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        assert tokens.shape[1] >= 4
+        return super().forward(tokens, mask)
+
+
 def reader(kind: type[Reader] = Reader, **how: bool) -> Reader:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -66,9 +76,15 @@ def reader(kind: type[Reader] = Reader, **how: bool) -> Reader:
 
 def texts(count: int = 70, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(1, WORDS, (count, LENGTH), generator=generator)
-    lengths = torch.randint(1, LENGTH // 2, (count, 1), generator=generator)
-    mask = (torch.arange(LENGTH) < lengths).long()
+    return texts_of(torch.randint(1, LENGTH // 2, (count,), generator=generator).tolist(), seed)
+
+
+def texts_of(lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """So many words each, no two of them alike in a row."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(0, WORDS - 1, (len(lengths), 1), generator=generator)
+    tokens = 1 + (first + torch.arange(LENGTH) * 7) % (WORDS - 1)
+    mask = (torch.arange(LENGTH) < torch.tensor(lengths)[:, None]).long()
     return tokens * mask, mask
 
 
@@ -106,12 +122,78 @@ def test_batches_hold_every_sample_once_by_rising_length() -> None:
 
 def test_padding_is_found_where_outputs_do_not_depend_on_it() -> None:
     inputs = texts()
-    assert find_padding(reader(), inputs, AXES) == PADDED
+    assert find_padding(reader(), inputs, AXES) == FOUND
     for other in (reader(leaky=True), reader(per_token=True), reader(Fixed)):
         assert find_padding(other, inputs, AXES) == NO_PADDING
     assert find_padding(reader(), inputs, ()) == NO_PADDING
     full = torch.randint(1, WORDS, (20, LENGTH)), torch.ones(20, LENGTH, dtype=torch.long)
     assert find_padding(reader(), full, AXES) == NO_PADDING
+
+
+MIXED = [LENGTH // 2 if i % 7 == 6 else LENGTH for i in range(210)]
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        # Few of the first are short, so that batches of them would hold a full one each.
+        MIXED,
+        [LENGTH // 2, *[LENGTH] * 7],
+        # Texts without words: their mean is that of any of their positions.
+        [0 if i % 7 == 6 else LENGTH for i in range(210)],
+    ],
+)
+def test_what_depends_on_padding_is_found_out_by_the_short_samples(lengths: list[int]) -> None:
+    for other in (reader(leaky=True), reader(per_token=True), reader(Fixed)):
+        assert find_padding(other, texts_of(lengths), AXES) == NO_PADDING
+
+
+def test_padding_is_found_where_few_samples_have_any() -> None:
+    half = replace(PADDED, shortest=LENGTH // 2 + 1)
+    assert find_padding(reader(), texts_of(MIXED), AXES) == half
+    assert find_padding(reader(), texts_of([LENGTH // 2, *[LENGTH] * 7]), AXES) == half
+
+
+def test_samples_of_all_lengths_are_tried() -> None:
+    """The shortest alone would suit a network that takes even lengths only."""
+
+    class Even(Reader):
+        def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+            assert tokens.shape[1] % 2 == 0
+            return super().forward(tokens, mask)
+
+    assert find_padding(reader(Even), texts_of([3] * 40 + [4] * 20), AXES) == NO_PADDING
+    assert find_padding(reader(Even), texts_of([3] * 40 + [5] * 20), AXES).axes == (1, 1)
+
+
+def test_no_batch_is_cut_to_less_than_what_was_tried() -> None:
+    network = reader(AtLeastFour)
+    padding = find_padding(network, texts_of([3, 5, 7, LENGTH] * 10), AXES)
+    assert padding == replace(PADDED, shortest=4)
+    shorter = texts_of([1, 2, 2, 1, 1, 5])
+    assert padding.lengths(shorter).tolist() == [4, 4, 4, 4, 4, 6]
+    wanted = network(*shorter)
+    batches = zip(padding.batches(shorter, 2), padding.parts(shorter, 2), strict=True)
+    for batch, part in batches:
+        torch.testing.assert_close(network(*batch), wanted[part])
+    # Statistics and outputs on disk are of batches as they were cut.
+    assert padding.key != PADDED.key and NO_PADDING.key == ()
+    # What is shorter as a whole stays whole.
+    whole = tuple(x[:, :3] for x in shorter)
+    assert padding.cut(whole)[0].shape == (6, 3)
+    # A network that does not take the shortest sample gets all of them whole.
+    assert find_padding(network, texts_of([2, 5, 7, LENGTH] * 10), AXES) == NO_PADDING
+
+
+def test_words_behind_padding_are_never_cut() -> None:
+    tokens, mask = (x.flip(1) for x in texts_of(MIXED))
+    for network in (reader(), reader(leaky=True)):
+        assert find_padding(network, (tokens, mask), AXES) == NO_PADDING
+        # Ends of equal words look like padding.
+        again = tokens.clone()
+        again[:, -LENGTH // 2 :] = tokens[:, -1:]
+        assert PADDED.lengths((again, mask)).double().mean() < 0.9 * LENGTH
+        assert find_padding(network, (again, mask), AXES) == NO_PADDING
 
 
 def test_statistics_leave_padding_out(tmp_path: Path) -> None:
