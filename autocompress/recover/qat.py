@@ -81,7 +81,6 @@ def train_quantized(
         )
     loss = _make_loss(teacher, split, decision, context)
     settings = _settings(network, len(split), decision, context)
-    settings = with_fitting_steps(settings, (network, teacher), split, context)
     identity = _identity(network, teacher, split, calibration, (decision, context))
     if decision.epochs == 0:
         return train(network, split, loss, settings)
@@ -95,6 +94,8 @@ def train_quantized(
         frozen_weights(network, "codebook_weight"),
         fake_quantized(network, calibration, gradients, context.padding),
     ):
+        # Within, since the rounding of the inputs is part of the distance.
+        settings = with_fitting_steps(settings, (network, teacher), split, context)
         return train(network, split, loss, settings, surroundings)
 
 

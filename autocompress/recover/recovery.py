@@ -228,7 +228,7 @@ def with_fitting_steps(
     context: RecoveryContext,
 ) -> TrainingSettings:
     """Settings with a learning rate that suits the distance between network and teacher."""
-    if settings.optimizer != "adamw":
+    if settings.optimizer != "adamw" or settings.epochs == 0:
         return settings
     network, teacher = networks
     device = next(network.parameters()).device

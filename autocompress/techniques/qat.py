@@ -20,7 +20,8 @@ class Qat(Decision):
     Attributes:
         epochs: of the train split; 0 leaves the network as it is.
         learning_rate: the peak, of SGD with Nesterov momentum; for weights and scales. Transformers
-            are trained by AdamW, at a hundredth of it.
+            are trained by AdamW, at a hundredth of it, times a share from 1/8 to 1 that is small
+            where the outputs, rounding included, are near the original's (`rate_share`).
         gradient_bits: of the gradients at the layers' outputs, rounded stochastically (Zhou et al.
             2016, DoReFa-Net, section 2.5); 32 leaves them as they are.
         distil: learn the original network's outputs, with the labels where there are some;

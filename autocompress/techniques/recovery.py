@@ -23,7 +23,8 @@ class Recover(Decision):
             some.
         epochs: of the train split; 0 leaves the network as it is.
         learning_rate: the peak, of SGD with Nesterov momentum; transformers are trained by AdamW,
-            at a hundredth of it.
+            at a hundredth of it, times a share from 1/8 to 1 that is small where the outputs are
+            near the original's (`rate_share`).
         temperature: of the softened class scores; low ones leave the labels more of a say.
         pruning_rounds: in so many rounds single weights are pruned, with a share of the training
             after each; 1 prunes at once.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 from autocompress.errors import PlanError, WorkloadError
 from autocompress.export.quantize import quantize
 from autocompress.plan import Plan, Step
+from autocompress.recover import qat
 from autocompress.recover.qat import train_quantized
 from autocompress.recover.quantizers import GradientRounding, fake_quantized, quantized_layers
-from autocompress.recover.recovery import RecoveryContext
+from autocompress.recover.recovery import RecoveryContext, recover_network
 from autocompress.recover.training import TrainingReport
 from autocompress.techniques.precision import Precision
 from autocompress.techniques.qat import QAT, Qat
+from autocompress.techniques.recovery import Recover
 from autocompress.workload import Split
 
 STATIC = Precision(weight_bits=4, activation_bits=8)
@@ -282,6 +285,37 @@ def test_no_epochs_leave_the_network_as_it_is() -> None:
     assert report.steps == 0
     assert tensors(network).keys() == tensors(before).keys()
     assert all(torch.equal(t, tensors(network)[n]) for n, t in tensors(before).items())
+
+
+def test_steps_are_long_where_inputs_are_rounded_badly(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+
+    def noted(*given: Any) -> TrainingReport:
+        rates.append(given[3].learning_rate)
+        return TrainingReport(0, 0.0, (), (), 0, False, False)
+
+    monkeypatch.setattr(qat, "train", noted)
+    case = make_case("attention")
+    for largest in (1, 1000):
+        network = quantized(
+            "attention", Precision(weight_bits=8, activation_bits=8, calibration="minmax")
+        )
+        calibration = tuple(largest * x for x in case.inputs)
+        train_quantized(
+            network, case.network, Split(case.inputs), Qat(epochs=1), RecoveryContext(), calibration
+        )
+    near, far = rates
+    assert far == 8 * near
+
+
+def test_no_epochs_need_no_look_at_the_outputs() -> None:
+    network, case = quantized("attention"), make_case("attention")
+    teacher, runs = copy.deepcopy(case.network), []
+    teacher.register_forward_pre_hook(lambda *_: runs.append(1))
+    split, context = Split(case.inputs), RecoveryContext()
+    train_quantized(network, teacher, split, Qat(epochs=0), context, case.inputs)
+    recover_network(network, teacher, split, Recover(epochs=0), context)
+    assert not runs
 
 
 def test_a_network_in_floating_point_is_refused() -> None:
