@@ -19,7 +19,11 @@ from autocompress.config import CalibrationSettings
 from autocompress.device import DeviceProfile, MeasuringSettings, OnnxRuntimeCpuSettings
 from autocompress.export.exporter import Exporter
 from autocompress.graph import Layer, NetworkGraph, trace
-from autocompress.plan import Plan
+from autocompress.measure.abilities import find_abilities, settled
+from autocompress.measure.session import Placement
+from autocompress.plan import Decision, Plan
+from autocompress.search.space_rules import on_device
+from autocompress.techniques import technique_of
 from autocompress.techniques.technique import LayerStatistics, Stage
 
 SAMPLES = 96
@@ -433,3 +437,15 @@ def make_device(
             hang_limit_s=10,
         ),
     )
+
+
+@cache
+def this_device() -> DeviceProfile:
+    """`make_device` as this machine turns out to be: some CPUs' integer kernels cut large sums."""
+    device = make_device()
+    return settled(device, find_abilities(device, Placement(threads=1, gpu=0)))[0]
+
+
+def as_run_here(decision: Decision) -> Decision:
+    """A decision as this machine's kernels need it."""
+    return on_device(technique_of(decision), decision, this_device())

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from networks import assemble, bank_of, graph_of, make_case, make_device
+from networks import as_run_here, assemble, bank_of, graph_of, make_case, make_device
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
@@ -36,7 +36,9 @@ def all_decomposed(name: str, ratio: float = 0.4, kind: Kind = "svd") -> tuple[S
 
 
 def all_int8(name: str, *without: str) -> tuple[Step, ...]:
-    return tuple(Step(x.name, INT8) for x in graph_of(name).layers if x.name not in without)
+    return tuple(
+        Step(x.name, as_run_here(INT8)) for x in graph_of(name).layers if x.name not in without
+    )
 
 
 def candidate(name: str, *steps: Step) -> nn.Module:

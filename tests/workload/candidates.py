@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from networks import make_device
+from networks import as_run_here, this_device
 from torch import Tensor, nn
 
 from autocompress.bank import Bank
@@ -31,12 +31,12 @@ class Candidates:
         parity = tuple(x[:4] for x in workload.calibration.inputs)
         example, axes = workload.example_inputs, workload.dynamic_axes
         exporter = Exporter(workload.network, self.graph, example, parity, axes)
-        self.builder = Builder(workload, exporter, bank, make_device(), SETTINGS, folder)
+        self.builder = Builder(workload, exporter, bank, this_device(), SETTINGS, folder)
 
     def layers(self, decision: Decision) -> Plan:
         """The decision for every dense layer."""
         layers = [layer.name for layer in self.graph.layers if layer.dense]
-        return Plan(tuple(Step(name, decision) for name in layers))
+        return Plan(tuple(Step(name, as_run_here(decision)) for name in layers))
 
     def groups(self, decision: Decision) -> Plan:
         """The decision for every prunable group."""
