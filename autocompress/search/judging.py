@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import final
 
 from autocompress.build import Artifact
-from autocompress.errors import ExportError, MeasurementError, PlanError
+from autocompress.errors import ExportError, MeasurementError, PlanError, WorkloadError
 from autocompress.evaluate import NOT_CODED, Evaluator, Measured
 from autocompress.evaluation import Evaluation
 from autocompress.export.coding.beside import Coding
 from autocompress.plan import Plan, file_of
-from autocompress.search.columns import REFERENCES
+from autocompress.search.columns import ORIGINAL, REFERENCES
 from autocompress.search.final_codes import FinalCodes
 from autocompress.search.prepare import Prepared
 from autocompress.search.progress import Progress
@@ -179,14 +179,21 @@ class Judging:
         return any(e.plan for e in self._judged)
 
     def _judge_one(self, finalist: Evaluation) -> None:
-        """Measure a finalist while containers of earlier ones are made beside it."""
+        """Measure a finalist while containers of earlier ones are made beside it.
+
+        Raises:
+            WorkloadError: the metric fails on the original's outputs.
+        """
         try:
             artifact, plan = self._file_of(finalist), _plan_of(finalist)
             measured = self._device.submit(
                 self._evaluator.measure_uncoded,
                 artifact, plan, finalist.runtime, "test", final=True,
             ).result()  # fmt: skip
-        except (MeasurementError, ExportError, PlanError) as reason:
+        except (MeasurementError, ExportError, PlanError, WorkloadError) as reason:
+            if isinstance(reason, WorkloadError) and finalist.candidate == ORIGINAL:
+                # On this split the metric would fail for everyone.
+                raise
             self._tell(finalist, reason)
             return
         self._judged.append(measured.evaluation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from autocompress.build import Artifact
-from autocompress.errors import ExportError, MeasurementError
+from autocompress.errors import ExportError, MeasurementError, WorkloadError
 from autocompress.evaluate import Measured
 from autocompress.evaluation import Evaluation
 from autocompress.plan import Plan, candidate_name
@@ -29,6 +29,7 @@ def measure_references(context: SearchContext) -> list[Evaluation]:
     Raises:
         ExportError: the original cannot be exported.
         MeasurementError: it does not run in the first runtime.
+        WorkloadError: the metric fails on its outputs in the first runtime.
     """
     first, *others = context.runtimes
     wanted = [(ORIGINAL, first), (STOCK_INT8, first), *((ORIGINAL, name) for name in others)]
@@ -48,7 +49,7 @@ def measure_references(context: SearchContext) -> list[Evaluation]:
                 measured = context.measure_uncoded(built[file], Plan(), runtime).result()
                 found[name] = measured.evaluation
                 uncoded.append(measured)
-            except (ExportError, MeasurementError) as reason:
+            except (ExportError, MeasurementError, WorkloadError) as reason:
                 _tell(context, name, reason)
                 continue
         context.progress.advance()
@@ -82,7 +83,7 @@ def _tell(context: SearchContext, name: str, reason: Exception) -> None:
     """What another tool or runtime fails at must not end the search; the original's failure does.
 
     Raises:
-        ExportError: `reason`, for the original; or `MeasurementError`.
+        ExportError: `reason`, for the original; or `MeasurementError` or `WorkloadError`.
     """
     if name == ORIGINAL:
         raise reason

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autocompress.device import load_profile
-from autocompress.errors import ExportError, MeasurementError, OutOfTimeError
+from autocompress.errors import ExportError, MeasurementError, OutOfTimeError, WorkloadError
 from autocompress.evaluate import NOT_CODED, Extras, Measured
 from autocompress.evaluation import Evaluation, Repeat
 from autocompress.measure.measurement import Measurement
@@ -284,9 +284,12 @@ class StubEvaluator:
         self._not_coded = not_coded
         self.extras = Extras(coded=coded, energy=False)
         self.calls, self.begun, self._coding_s = [], [], coding_s
+        self.unscored = set()
 
     def measure_uncoded(self, artifact, plan, runtime, split, *, final):
         found = self._finalists[f"artifacts/{artifact.path.name}"]
+        if found.candidate in self.unscored:
+            raise WorkloadError("The outputs hold NaN or infinite values.")
         speed = figure(self._true[found.candidate], 0.004)
         # The test split's metric is another one, and must not decide.
         metric = replace(found.metric, value=0.5)
@@ -425,6 +428,21 @@ def test_a_point_that_fails_is_left_alone(tmp_path, finalists):
     assert bench.evaluator.calls.count("b") >= 1
     assert not judged["a"].repeats
     assert "a could not be measured again" in bench.notes.texts[0]
+
+
+def test_a_finalist_whose_outputs_are_no_numbers_is_left_out(tmp_path, finalists):
+    bench = Bench(tmp_path, finalists, {"a": 2.0, "b": 3.0, "c": 4.0})
+    bench.evaluator.unscored = {"b"}
+    assert set(bench.judge()) == {"a", "c"}
+    assert bench.notes.texts == ["finalist b failed: The outputs hold NaN or infinite values."]
+
+
+def test_a_metric_that_fails_for_the_original_ends_the_judging(tmp_path, make_evaluation):
+    finalists = [make_evaluation("original", 0.95, 1.0), make_evaluation("b", 0.94, 2.0)]
+    bench = Bench(tmp_path, finalists, {"original": 1.0, "b": 2.0})
+    bench.evaluator.unscored = {"original", "b"}
+    with pytest.raises(WorkloadError, match="NaN"):
+        bench.judge()
 
 
 # Containers that are made beside
