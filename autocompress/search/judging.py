@@ -196,9 +196,13 @@ class Judging:
                 raise
             self._tell(finalist, reason)
             return
-        self._judged.append(measured.evaluation)
-        if not self._coded:
-            self._prepared.folder.save_evaluation(measured.evaluation)
+        found = measured.evaluation
+        if self._coded:
+            # Until its container is made, the size known from the search keeps it on the front.
+            found = replace(found, download_bytes=finalist.download_bytes)
+        else:
+            self._prepared.folder.save_evaluation(found)
+        self._judged.append(found)
         self._codes.add(finalist.candidate, artifact.path)
         while self._coded and len(self._codes) > _MOST_UNCODED:
             self._codes.wait()

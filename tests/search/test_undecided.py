@@ -463,6 +463,8 @@ def test_figures_are_kept_once_their_containers_are_made(tmp_path, eight):
 
     def show():
         nonlocal most_unkept
+        # Without any size it would be on no front.
+        assert all(e.download_bytes in (900, 7) for e in bench.judged)
         kept = len(list((tmp_path / "finals").iterdir()))
         most_unkept = max(most_unkept, len(bench.judged) - kept)
 
