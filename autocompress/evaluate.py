@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -15,7 +16,7 @@ from autocompress.build import BASELINE, Artifact, Builder, Stopwatch
 from autocompress.device import DeviceProfile, Fingerprint
 from autocompress.errors import ExportError
 from autocompress.evaluation import Evaluation, Repeat, SplitName
-from autocompress.export.coding.beside import Coding
+from autocompress.export.coding.beside import Coding, Codings
 from autocompress.files import write_json
 from autocompress.measure.client import Subject, Worker
 from autocompress.measure.host_interface import Host
@@ -108,7 +109,8 @@ class Evaluator:
         self._example = self._timing.store([x.numpy() for x in self._example_batch()])
         self._scorer = Scorer(workload, self._timing, self._baseline)
         self._built: dict[str, Artifact] = {}
-        self._codings: dict[tuple[Path, bool], Coding] = {}
+        # A file that is measured in several runtimes has one container.
+        self._codings = Codings(self._begin_coding)
 
     def __enter__(self) -> Evaluator:
         return self
@@ -118,8 +120,7 @@ class Evaluator:
 
     def close(self) -> None:
         """End the measuring workers, and what is still being coded."""
-        for coding in self._codings.values():
-            coding.cancel()
+        self._codings.close()
         self._timing.close()
         self._scoring.close()
         self._beside.close()
@@ -189,8 +190,8 @@ class Evaluator:
         The result is for `with_code`. No container is begun of what is final: see `start_coding`.
         """
         wanted = self._extras.coded and not final
-        coding = self.start_coding(artifact.path, checked=False) if wanted else None
-        return Measured(self._measured(artifact, plan, runtime, split, final=final), coding)
+        with self._codings.wanted(artifact.path) if wanted else nullcontext() as coding:
+            return Measured(self._measured(artifact, plan, runtime, split, final=final), coding)
 
     def start_coding(self, model: Path, *, checked: bool) -> Coding:
         """Begin to make a file's container, on cores that do not measure; ends with the evaluator.
@@ -198,22 +199,21 @@ class Evaluator:
         Args:
             checked: see `Coding`.
         """
-        # A file that is measured in several runtimes has one container.
-        if (model, checked) in self._codings:
-            return self._codings[model, checked]
+        return self._codings.start(model, checked=checked)
+
+    def _begin_coding(self, model: Path, checked: bool) -> Coding:
         every = os.sched_getaffinity(0)
         if self._profile.kind == "cpu" and self._host.here:
             every = set(self._timing.cores)
             every = every - set(self._profile.pinned_cores(self._timing.cores)) or every
-        coding = self._builder.start_coding(model, every, checked=checked)
-        self._codings[model, checked] = coding
-        return coding
+        return self._builder.start_coding(model, every, checked=checked)
 
     def with_code(self, measured: Measured) -> Evaluation:
         """Wait for the container, and add its size; or the reason, where there is no need of it.
 
         Raises:
-            ExportError: the file cannot be coded, and the search goes by its coded size.
+            ExportError: the file cannot be coded, and the search goes by its coded size; or the
+                coder was killed, and another one may do better.
         """
         found = measured.evaluation
         if measured.coding is None:
@@ -223,7 +223,7 @@ class Evaluator:
             with clock.step("code"):
                 size = measured.coding.wait()
         except ExportError as reason:
-            if self._extras.coded:
+            if self._extras.coded or measured.coding.killed:
                 raise
             return replace(found, details={**found.details, NOT_CODED: str(reason)})
         return replace(found, download_bytes=size, seconds={**found.seconds, **clock.seconds})

@@ -213,7 +213,11 @@ class Judging:
         try:
             found = self._evaluator.with_code(Measured(self._judged[index], coding))
         except ExportError as reason:
-            self._tell(self._judged.pop(index), reason)
+            if self._coded:
+                self._tell(self._judged.pop(index), reason)
+            else:
+                # A later call asks for it again.
+                self._progress.note(f"finalist {candidate} has no coded size: {reason}")
             return
         if self._coded:
             found = replace(found, seconds={**found.seconds, "code": waited_s})

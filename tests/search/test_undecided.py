@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from autocompress.device import load_profile
 from autocompress.errors import ExportError, MeasurementError, OutOfTimeError, WorkloadError
-from autocompress.evaluate import NOT_CODED, Extras, Measured
+from autocompress.evaluate import NOT_CODED, Evaluator, Extras, Measured
 from autocompress.evaluation import Evaluation, Repeat
 from autocompress.measure.measurement import Measurement
 from autocompress.measure.statistics import PLACEMENT
@@ -259,11 +259,14 @@ class StubCoding:
 
     def __init__(self, takes_s, *, fails):
         self._takes_s, self._fails, self.ended = takes_s, fails, False
+        self.killed = False
 
     def wait(self, limit_s=None):
         if limit_s is not None and limit_s < self._takes_s:
             raise OutOfTimeError("The file was not coded in time.")
         self.ended = True
+        if self.killed:
+            raise ExportError("The coder was ended by SIGKILL.")
         if self._fails:
             raise ExportError("The file cannot be coded.")
         return 7
@@ -284,7 +287,7 @@ class StubEvaluator:
         self._not_coded = not_coded
         self.extras = Extras(coded=coded, energy=False)
         self.calls, self.begun, self._coding_s = [], [], coding_s
-        self.unscored = set()
+        self.unscored, self.killed = set(), set()
 
     def measure_uncoded(self, artifact, plan, runtime, split, *, final):
         found = self._finalists[f"artifacts/{artifact.path.name}"]
@@ -302,16 +305,12 @@ class StubEvaluator:
     def start_coding(self, model, *, checked):
         assert checked
         self.begun.append(model.stem)
-        return StubCoding(self._coding_s, fails=model.stem in self._not_coded)
+        coding = StubCoding(self._coding_s, fails=model.stem in self._not_coded)
+        coding.killed = model.stem in self.killed
+        return coding
 
     def with_code(self, measured):
-        try:
-            return replace(measured.evaluation, download_bytes=measured.coding.wait())
-        except ExportError as reason:
-            if self.extras.coded:
-                raise
-            details = {**measured.evaluation.details, NOT_CODED: str(reason)}
-            return replace(measured.evaluation, details=details)
+        return Evaluator.with_code(SimpleNamespace(_extras=self.extras), measured)
 
     def measure_again(self, evaluation):
         if len(self.calls) >= self._killed_after:
@@ -505,3 +504,15 @@ def test_containers_that_no_time_was_left_for_are_made_by_a_later_call(tmp_path,
     later = Bench(tmp_path, eight, true_speeds(eight), coding_s=60.0)
     assert all(e.download_bytes == 7 for e in later.judge(lambda: 70.0).values())
     assert set(later.evaluator.begun) == set(judged)
+
+
+def test_a_killed_coder_is_told_and_tried_again_by_a_later_call(tmp_path, finalists):
+    true = true_speeds(finalists) | {"b": 3.0}
+    bench = Bench(tmp_path, finalists, true)
+    bench.evaluator.killed = {"b"}
+    judged = bench.judge()
+    assert [judged[name].download_bytes for name in "abc"] == [7, None, 7]
+    assert bench.notes.texts == ["finalist b has no coded size: The coder was ended by SIGKILL."]
+    later = Bench(tmp_path, finalists, true)
+    assert later.judge()["b"].download_bytes == 7
+    assert later.evaluator.begun == ["b"]

@@ -6,10 +6,11 @@ Contexts are mixed symbol by symbol in Python: in this process it would hold up 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import final
 
@@ -59,6 +60,11 @@ class Coding:
         """Whether `wait` would not have to wait."""
         return self._child is None or self._child.poll() is not None
 
+    @property
+    def killed(self) -> bool:
+        """Whether a signal ended the process, which says nothing about the file."""
+        return self._child is not None and (self._child.poll() or 0) < 0
+
     def wait(self, limit_s: float | None = None) -> int:
         """The container's size in bytes; may be asked for several times.
 
@@ -68,21 +74,27 @@ class Coding:
             limit_s: how long to wait at most; it may be waited for again then.
 
         Raises:
-            ExportError: the file cannot be coded.
+            ExportError: the file cannot be coded, or the process was `killed`.
             OutOfTimeError: it takes longer.
         """
         if self._child is not None:
             if not self.ended:
                 _move(self._child.pid, {*self._cores, *os.sched_getaffinity(0)})
             complaint, code = self._complaint_of(self._child, limit_s), self._child.returncode
+            if code < 0:
+                raise ExportError(
+                    f"The coder was ended by signal {-code} ({signal.strsignal(-code)}).",
+                    given=self._source,
+                    advice="if that was for lack of memory, leave it more and search again",
+                )
             if code:
                 lines = complaint.splitlines() or [f"exit code {code}"]
                 raise ExportError(f"The file cannot be coded: {lines[-1]}", given=self._source)
         return self._target.stat().st_size
 
     def cancel(self) -> None:
-        """End the process, if it still runs."""
-        if self._child is not None and self._child.poll() is None:
+        """End the process, if it still runs; nothing is left of it."""
+        if self._child is not None:
             self._child.kill()
             self._complaint_of(self._child)
 
@@ -94,6 +106,45 @@ class Coding:
             except subprocess.TimeoutExpired as cause:
                 raise OutOfTimeError("It was not coded in time.", given=self._source) from cause
         return self._complaint
+
+
+@final
+class Codings:
+    """Containers that are being made, each of them once.
+
+    Args:
+        begin: of a file, and whether it is to be checked (see `Coding`).
+    """
+
+    def __init__(self, begin: Callable[[Path, bool], Coding]) -> None:
+        self._begin = begin
+        self._begun: dict[tuple[Path, bool], Coding] = {}
+
+    def start(self, model: Path, *, checked: bool) -> Coding:
+        """Begin to make a file's container, if that was not done before or was killed."""
+        coding = self._begun.get((model, checked))
+        if coding is None or coding.killed:
+            coding = self._begun[model, checked] = self._begin(model, checked)
+        return coding
+
+    @contextmanager
+    def wanted(self, model: Path) -> Iterator[Coding]:
+        """A file's container, unchecked; its making ends if the body of the `with` fails."""
+        before = self._begun.get((model, False))
+        coding = self.start(model, checked=False)
+        try:
+            yield coding
+        except BaseException:
+            # Whoever began it earlier still waits for it.
+            if coding is not before:
+                del self._begun[model, False]
+                coding.cancel()
+            raise
+
+    def close(self) -> None:
+        """End all that are still being made."""
+        for coding in self._begun.values():
+            coding.cancel()
 
 
 def _move(process: int, cores: Collection[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from onnx_files import model_of, raw_tensor
 
 from autocompress.errors import ExportError, OutOfTimeError
 from autocompress.export.coding import decode_model, encode_file, encode_model, kept
-from autocompress.export.coding.beside import Coding
+from autocompress.export.coding.beside import Coding, Codings
 from autocompress.export.coding.container import encode_with_sizes
 from autocompress.export.coding.kept import KeptTensors
 
@@ -134,7 +135,7 @@ def test_processes_share_what_they_keep(tmp_path: Path) -> None:
 _ABANDONED = """
 import os, sys
 from pathlib import Path
-from autocompress.export.coding.beside import Coding
+from autocompress.export.coding.beside import Coding, Codings
 source = Path(sys.argv[1])
 Coding(source, source.with_suffix(".acz"), os.sched_getaffinity(0), checked=False)
 os._exit(0)
@@ -170,3 +171,66 @@ def test_waiting_may_be_limited_and_gone_on_with(tmp_path: Path) -> None:
         coding.wait(0.0)
     assert coding.wait() == len(encode_model(FIRST))
     assert coding.ended
+
+
+def begin(model: Path, checked: bool) -> Coding:
+    return Coding(model, model.with_suffix(".acz"), os.sched_getaffinity(0), checked=checked)
+
+
+def child_of(coding: Coding) -> subprocess.Popen[str]:
+    assert coding._child is not None
+    return coding._child
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    source = tmp_path / "large.onnx"
+    # Half a minute of work.
+    source.write_bytes(model_of(floats("table", 0, 120_000)))
+    return source
+
+
+def test_a_killed_coder_is_told_from_a_file_that_cannot_be_coded(large: Path) -> None:
+    codings = Codings(begin)
+    coding = codings.start(large, checked=False)
+    child_of(coding).send_signal(signal.SIGTERM)
+    with pytest.raises(ExportError, match=r"signal 15 \(Terminated\)"):
+        coding.wait()
+    assert coding.killed
+    again = codings.start(large, checked=False)
+    assert again is not coding and not again.killed
+    codings.close()
+    large.write_bytes(b"no model")
+    bad = begin(large, False)
+    with pytest.raises(ExportError, match="cannot be coded"):
+        bad.wait()
+    assert not bad.killed
+
+
+def test_a_container_that_nobody_wants_any_more_is_given_up(large: Path) -> None:
+    codings = Codings(begin)
+    with pytest.raises(ValueError, match="hung"), codings.wanted(large) as coding:
+        raise ValueError("The model hung.")
+    child = child_of(coding)
+    assert child.returncode == -signal.SIGKILL
+    assert child.stderr is not None and child.stderr.closed
+    # What was begun for another measurement is still waited for.
+    with codings.wanted(large) as first:
+        pass
+    with pytest.raises(ValueError, match="hung"), codings.wanted(large) as second:
+        raise ValueError("The model hung.")
+    assert first is second and not first.ended
+    codings.close()
+    assert first.ended
+
+
+def test_cancelling_leaves_nothing_of_a_coder_that_has_ended(tmp_path: Path) -> None:
+    source = tmp_path / "first.onnx"
+    source.write_bytes(FIRST)
+    coding = begin(source, False)
+    child = child_of(coding)
+    while not coding.ended:
+        time.sleep(0.01)
+    coding.cancel()
+    assert child.returncode == 0
+    assert child.stderr is not None and child.stderr.closed
