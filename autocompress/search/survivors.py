@@ -17,13 +17,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from autocompress.config import Objective
-from autocompress.errors import (
-    ExportError,
-    MeasurementError,
-    OutOfTimeError,
-    PlanError,
-    WorkloadError,
-)
+from autocompress.errors import DeviceError, OutOfTimeError
 from autocompress.evaluation import Evaluation
 from autocompress.plan import Plan, Step
 from autocompress.search.front import front_mask, objective_values
@@ -117,6 +111,20 @@ class RoundReport:
 Measure = Callable[[Plan, str], Evaluation]
 
 
+@final
+@dataclass(frozen=True)
+class Told:
+    """What is called while a round goes on.
+
+    Attributes:
+        done: after each shape that was trained.
+        failed: with the reason why one of a shape's files could not be made.
+    """
+
+    done: Callable[[Trained], None]
+    failed: Callable[[Exception], None]
+
+
 def first_epochs(epoch_steps: int) -> float:
     """Epochs of a first round: half of one, or more where an epoch has few steps."""
     return round(min(max(EPOCHS, _FEWEST_STEPS / epoch_steps), _MOST_EPOCHS), 1)
@@ -204,17 +212,21 @@ def _trained_to(evaluation: Evaluation, original: Evaluation, left: float) -> Ev
 
 
 def run_round(
-    shapes: Sequence[Shape], number: int, measure: Measure, done: Callable[[Trained], None]
+    shapes: Sequence[Shape], number: int, measure: Measure, told: Told
 ) -> tuple[list[Trained], bool]:
     """Train shapes, one after another, and measure their files.
 
     Args:
         number: of the round, from 0.
         measure: trains, builds and measures a plan in a runtime.
-        done: called after each shape.
+        told: called in between.
 
     Returns:
         Those that were trained, and whether time was left for all.
+
+    Raises:
+        DeviceError: the device is not there any more.
+        OSError: this machine fails.
     """
     trained: list[Trained] = []
     for shape in shapes:
@@ -224,12 +236,15 @@ def run_round(
                 found.append(measure(plan_of(shape, way, number), runtime))
             except OutOfTimeError:
                 return trained, False
-            except (ExportError, MeasurementError, PlanError, WorkloadError):
-                # One file that fails must not end the training of all.
-                continue
+            except (DeviceError, OSError):
+                # The machine's fault, not the plan's.
+                raise
+            except Exception as reason:
+                # Whatever one training does to PyTorch must not end all, on every further call.
+                told.failed(reason)
         if found:
             trained.append(Trained(shape, tuple(found)))
-            done(trained[-1])
+            told.done(trained[-1])
     return trained, True
 
 

@@ -11,6 +11,7 @@ from autocompress.evaluation import Evaluation
 from autocompress.files import write_json
 from autocompress.plan import Plan, candidate_name
 from autocompress.recover import Watch
+from autocompress.search.agenda import reason_of
 from autocompress.search.context import SearchContext
 from autocompress.search.study import Study
 from autocompress.search.survivors import (
@@ -18,6 +19,7 @@ from autocompress.search.survivors import (
     ROUNDS,
     RoundReport,
     Shape,
+    Told,
     Trained,
     choose_shapes,
     first_epochs,
@@ -58,6 +60,8 @@ class SurvivorTraining:
     ) -> None:
         self._context, self._study = context, study
         self._original, self._show = original, show
+        self._told = Told(self._done, self._failed)
+        self._reasons: set[str] = set()
         self._deadline_s = 0.0
 
     def run(self, seconds: float) -> None:
@@ -68,7 +72,7 @@ class SurvivorTraining:
             # One training tells how long they take, and so how many there is time for.
             first = shapes[0]
             self._context.progress.stage("train the first one", 1, limit_s=seconds)
-            run_round([first], 0, self._measure, self._done)
+            run_round([first], 0, self._measure, self._told)
             shapes = self._shapes(seconds)
         before = {shape.steps.hash: shape.metric for shape in shapes}
         reports: list[RoundReport] = []
@@ -76,11 +80,11 @@ class SurvivorTraining:
             if number >= ROUNDS and not self._has_time_for(shapes, number):
                 break
             self._begin(number, len(shapes))
-            trained, whole = run_round(shapes, number, self._measure, self._done)
+            trained, whole = run_round(shapes, number, self._measure, self._told)
             while number == 0 and whole and (further := self._further(trained, seconds)):
                 # The pace was worse than it is: there is time for more.
                 self._begin(number, len(further))
-                more, whole = run_round(further, number, self._measure, self._done)
+                more, whole = run_round(further, number, self._measure, self._told)
                 before |= {t.shape.steps.hash: t.shape.metric for t in more}
                 trained += more
                 if len(more) < len(further):
@@ -161,3 +165,10 @@ class SurvivorTraining:
     def _done(self, trained: Trained) -> None:
         self._context.progress.advance()
         self._show()
+
+    def _failed(self, cause: Exception) -> None:
+        reason = reason_of(cause)
+        # All files of a shape whose training fails do so for the same reason.
+        if reason not in self._reasons:
+            self._reasons.add(reason)
+            self._context.progress.note(f"a training of survivors failed: {reason}")

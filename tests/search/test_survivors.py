@@ -9,9 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from autocompress.device import load_profile
-from autocompress.errors import ExportError, MeasurementError, OutOfTimeError
+from autocompress.errors import DeviceError, ExportError, MeasurementError, OutOfTimeError
 from autocompress.evaluation import Evaluation
 from autocompress.plan import Decision, Plan, Step
 from autocompress.search.progress import Silent
@@ -21,6 +22,7 @@ from autocompress.search.survivors import (
     MOST_ROUNDS,
     RoundReport,
     Shape,
+    Told,
     Trained,
     choose_shapes,
     first_epochs,
@@ -42,6 +44,7 @@ OBJECTIVES = ("metric", "latency")
 INT8 = Precision(weight_bits=8, activation_bits=8)
 INT4 = Precision(weight_bits=4, activation_bits=32)
 Make = Callable[..., Evaluation]
+UNTOLD = Told(lambda _: None, lambda _: None)
 
 
 def prune(ratio: float) -> list[Step]:
@@ -184,15 +187,17 @@ def test_a_round_measures_every_way_of_every_shape(make_evaluation: Make) -> Non
     shapes = [shape(0.2, 0.8, Plan(), plan(0, INT8)), shape(0.5, 0.8, plan(0, INT8))]
     asked: list[str] = []
     done: list[Trained] = []
+    reasons: list[Exception] = []
 
     def measure(wanted: Plan, runtime: str) -> Evaluation:
         asked.append(wanted.hash)
         return make_evaluation(wanted.hash, 0.8 + 0.01 * len(asked), 2.0, plan=wanted)
 
-    found, whole = run_round(shapes, 1, measure, done.append)
+    found, whole = run_round(shapes, 1, measure, Told(done.append, reasons.append))
     assert whole
     assert asked == [plan_of(s, way, 1).hash for s in shapes for way, _ in s.ways]
     assert found == done
+    assert not reasons
     assert [t.shape for t in found] == shapes
     assert [len(t.evaluations) for t in found] == [2, 1]
     assert found[0].metric == pytest.approx(0.82)
@@ -210,13 +215,16 @@ def test_a_round_without_time_keeps_what_is_whole(make_evaluation: Make) -> None
             raise OutOfTimeError("Time is up.")
         return make_evaluation(wanted.hash, 0.8, 2.0, plan=wanted)
 
-    found, whole = run_round(shapes, 0, measure, lambda _: None)
+    found, whole = run_round(shapes, 0, measure, UNTOLD)
     assert not whole
     assert [t.shape for t in found] == shapes[:1]
     assert len(asked) == 4
 
 
-@pytest.mark.parametrize("error", [ExportError("bad"), MeasurementError("bad")])
+@pytest.mark.parametrize(
+    "error",
+    [ExportError("bad"), MeasurementError("bad"), IndexError("bad"), torch.OutOfMemoryError("bad")],
+)
 def test_a_file_that_fails_ends_no_round(make_evaluation: Make, error: Exception) -> None:
     shapes = [shape(0.2, 0.8, Plan(), plan(0, INT8)), shape(0.5, 0.8, plan(0, INT8))]
 
@@ -225,18 +233,21 @@ def test_a_file_that_fails_ends_no_round(make_evaluation: Make, error: Exception
             raise error
         return make_evaluation(wanted.hash, 0.8, 2.0, plan=wanted)
 
-    found, whole = run_round(shapes, 0, measure, lambda _: None)
+    reasons: list[Exception] = []
+    found, whole = run_round(shapes, 0, measure, Told(lambda _: None, reasons.append))
     assert whole
     assert [t.shape for t in found] == shapes[:1]
     assert len(found[0].evaluations) == 1
+    assert reasons == [error, error]
 
 
-def test_a_device_that_is_gone_ends_the_round(make_evaluation: Make) -> None:
+@pytest.mark.parametrize("error", [OSError("It is gone."), DeviceError("It is gone.")])
+def test_a_device_that_is_gone_ends_the_round(error: Exception) -> None:
     def measure(wanted: Plan, runtime: str) -> Evaluation:
-        raise OSError("no space left")
+        raise error
 
-    with pytest.raises(OSError, match="no space"):
-        run_round([shape(0.2, 0.8, Plan())], 0, measure, lambda _: None)
+    with pytest.raises(type(error), match="gone"):
+        run_round([shape(0.2, 0.8, Plan())], 0, measure, UNTOLD)
 
 
 def test_those_with_most_to_gain_go_on(make_evaluation: Make) -> None:
@@ -433,6 +444,18 @@ def test_time_that_is_left_goes_to_further_rounds(tmp_path: Path, make_evaluatio
     slow = filled(tmp_path / "slow", make_evaluation, pace=10.0)
     slow.training.run(15.0)
     assert max(rounds_of(slow.built)) == 3
+
+
+def test_reasons_of_failures_are_told_once(tmp_path: Path, make_evaluation: Make) -> None:
+    scene = filled(tmp_path, make_evaluation, count=3)
+
+    def artifact(*arguments: Any) -> Plan:
+        raise IndexError("Target 7 is out of bounds.")
+
+    scene.training._context.evaluator.artifact = artifact  # type: ignore[method-assign]
+    scene.training.run(100.0)
+    reason = "IndexError: Target 7 is out of bounds."
+    assert scene.notes == [f"a training of survivors failed: {reason}"]
 
 
 def test_nobody_to_train(tmp_path: Path, make_evaluation: Make) -> None:
