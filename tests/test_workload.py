@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -213,6 +214,18 @@ def test_a_custom_metric_gets_numpy_and_no_targets_are_needed():
     check_workload(make_workload(metric=metric, **splits))
     assert isinstance(seen[0][0], np.ndarray)
     assert seen[0][1] is None
+
+
+@pytest.mark.parametrize(("label", "sound"), [(CLASSES, False), (-1, False), (-100, True)])
+def test_labels_to_learn_are_checked_whatever_the_metric_reads(label, sound):
+    train = make_split(40, 2)
+    train.targets[5] = label
+    workload = make_workload(metric="agreement", train=train)
+    with nullcontext() if sound else pytest.raises(WorkloadError, match="'train' are outside"):
+        check_workload(workload)
+    # What cannot be learned as class numbers may be anything.
+    other = Split(train.inputs, torch.full((40, 2), 99))
+    check_workload(make_workload(metric="agreement", train=other))
 
 
 def test_chance_accuracy_is_a_warning():

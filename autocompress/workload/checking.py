@@ -22,6 +22,8 @@ _ALLOWED_OVERLAP = 0.01
 # Differences in the outputs, as shares of the largest output.
 _REPEAT_TOLERANCE = 1e-4
 _BATCH_TOLERANCE = 1e-2
+# PyTorch's cross-entropy leaves such targets out.
+_NO_CLASS = -100
 
 
 def check_workload(workload: Workload) -> tuple[str, ...]:
@@ -194,6 +196,7 @@ def _check_targets(workload: Workload, outputs: Array) -> None:
             advice="give a function of outputs and targets as the metric",
         )
     if workload.metric != "accuracy":
+        _check_labels(workload.train, outputs)
         return
     for name, split in workload.splits().items():
         if split.targets is None:
@@ -212,13 +215,29 @@ def _check_targets(workload: Workload, outputs: Array) -> None:
                 allowed=f"integers of shape {shape}",
                 advice="for one-hot targets: targets.argmax(1)",
             )
-        low, high = int(split.targets.min()), int(split.targets.max())
-        if low < 0 or high >= outputs.shape[1]:
-            raise WorkloadError(
-                f"The targets of split '{name}' are outside the network's classes.",
-                given=f"{low} to {high}",
-                allowed=f"0 to {outputs.shape[1] - 1}",
-            )
+        _check_range(name, split.targets, outputs.shape[1])
+
+
+def _check_labels(train: Split | None, outputs: Array) -> None:
+    """What looks like class numbers is learned, whatever the metric reads."""
+    if train is None or train.targets is None or train.targets.is_complex():
+        return
+    scores = tuple(train.targets.shape) == (len(train), *outputs.shape[2:])
+    if scores and not train.targets.is_floating_point():
+        labels = train.targets[train.targets != _NO_CLASS]
+        if len(labels):
+            _check_range("train", labels, outputs.shape[1])
+
+
+def _check_range(name: str, targets: Tensor, classes: int) -> None:
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= classes:
+        raise WorkloadError(
+            f"The targets of split '{name}' are outside the network's classes.",
+            given=f"{low} to {high}",
+            allowed=f"0 to {classes - 1}",
+            advice="to distil only, give the train split no targets" if name == "train" else None,
+        )
 
 
 def _sample_hashes(split: Split) -> list[bytes]:
