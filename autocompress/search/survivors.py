@@ -257,6 +257,11 @@ def plan_of(shape: Shape, way: Plan, number: int) -> Plan:
     return consistent(Plan(tuple(steps)))
 
 
+def retrains(plan: Plan) -> bool:
+    """Whether a plan trains anew after its recovery."""
+    return bool(plan.of(Qat.technique))
+
+
 def halve(
     trained: Sequence[Trained], original: Evaluation, objectives: Sequence[Objective]
 ) -> list[Shape]:

@@ -26,6 +26,7 @@ from autocompress.search.survivors import (
     halve,
     plan_of,
     report_round,
+    retrains,
     run_round,
     shapes_for,
 )
@@ -68,11 +69,10 @@ class SurvivorTraining:
         """Train for at most so long; what was trained by an earlier call is not trained again."""
         self._deadline_s = self._context.budget.spent_s + seconds
         shapes = self._shapes(seconds)
-        if len(shapes) > 1 and not self._pace(shapes):
+        if len(shapes) > 1 and not self._pace(shapes) and (first := self._untimed(shapes)):
             # One training tells how long they take, and so how many there is time for.
-            first = shapes[0]
             self._context.progress.stage("train the first one", 1, limit_s=seconds)
-            run_round([first], 0, self._measure, self._told)
+            run_round(first, 0, self._measure, self._told)
             shapes = self._shapes(seconds)
         before = {shape.steps.hash: shape.metric for shape in shapes}
         reports: list[RoundReport] = []
@@ -144,14 +144,37 @@ class SurvivorTraining:
         known = [pace for pace in self._paces(shapes, 0) if pace]
         return sum(known) / len(known) if known else 0.0
 
+    def _untimed(self, shapes: Sequence[Shape]) -> list[Shape]:
+        """The first one whose training takes nobody knows how long; those on disk take no time."""
+        pairs = zip(shapes, self._paces(shapes, 0), strict=True)
+        return [shape for shape, pace in pairs if pace is None][:1]
+
     def _paces(self, shapes: Sequence[Shape], number: int) -> list[float | None]:
-        """About how long a round's training takes for each, in seconds; None if not known."""
-        builder = self._context.evaluator.builder
-        return [builder.training_seconds(plan_of(shape, Plan(), number)) for shape in shapes]
+        """About how long a round's trainings take for each, in seconds; None if not known."""
+        return [self._seconds(shape, number) for shape in shapes]
+
+    def _seconds(self, shape: Shape, number: int) -> float | None:
+        """Of its recovery, and of what each way that is not measured yet trains after it."""
+        estimate = self._context.evaluator.builder.training_seconds
+        recovery = estimate(plan_of(shape, Plan(), number))
+        plans = {
+            plan.hash: plan
+            for way, runtime in shape.ways
+            if retrains(plan := plan_of(shape, way, number)) and not self._known(plan, runtime)
+        }
+        whole = [estimate(plan) for plan in plans.values()]
+        if recovery is None or None in whole:
+            return None
+        return recovery + sum(seconds - recovery for seconds in whole if seconds is not None)
+
+    def _known(self, plan: Plan, runtime: str) -> Evaluation | None:
+        """What was measured of a trained plan before."""
+        name = candidate_name(plan.hash, runtime, self._context.runtimes[0])
+        return self._study.trained.get(name)
 
     def _measure(self, plan: Plan, runtime: str) -> Evaluation:
         context = self._context
-        known = self._study.trained.get(candidate_name(plan.hash, runtime, context.runtimes[0]))
+        known = self._known(plan, runtime)
         if known is not None:
             return known
         watch = Watch(stop=lambda: context.budget.spent_s > self._deadline_s)

@@ -43,6 +43,7 @@ from autocompress.techniques.recovery import Recover
 OBJECTIVES = ("metric", "latency")
 INT8 = Precision(weight_bits=8, activation_bits=8)
 INT4 = Precision(weight_bits=4, activation_bits=32)
+INT2 = Precision(weight_bits=2, activation_bits=32)
 Make = Callable[..., Evaluation]
 UNTOLD = Told(lambda _: None, lambda _: None)
 
@@ -332,6 +333,7 @@ class Scene:
         space = Space((Parameter(Stage.PRUNE, "conv", (FilterPrune(pruning_ratio=0.5),)),))
         self.study = Study(folder, space, load_profile("cpu"), OBJECTIVES, Sampling("random", 0))
         self.make, self.pace = make, pace
+        self.seconds_of: Callable[[Plan], float | None] = lambda p: self.pace
         self.budget = SimpleNamespace(spent_s=0.0)
         self.built: list[Plan] = []
         self.notes: list[str] = []
@@ -349,7 +351,7 @@ class Scene:
             ),
             evaluator=SimpleNamespace(
                 artifact=self._artifact,
-                builder=SimpleNamespace(training_seconds=lambda p: self.pace),
+                builder=SimpleNamespace(training_seconds=lambda p: self.seconds_of(p)),
             ),
             measure=self._measure,
         )  # fmt: skip
@@ -404,6 +406,70 @@ def test_what_was_trained_is_not_trained_again(tmp_path: Path, make_evaluation: 
     again.training.run(100.0)
     assert rounds_of(again.built) == [2] + [3] * 2
     assert len(again.study.trained) == 11
+
+
+def test_after_a_kill_the_pace_is_taken_of_what_is_not_trained_yet(
+    tmp_path: Path, make_evaluation: Make
+) -> None:
+    """What is on disk takes no time, so it tells nothing of how long the others take."""
+    first = filled(tmp_path, make_evaluation, count=9)
+    first.training.run(2.5)
+    on_disk = {p.hash for p in first.built}
+    assert len(on_disk) == 2
+    again = filled(tmp_path, make_evaluation, count=9)
+
+    def seconds_of(wanted: Plan) -> float | None:
+        if wanted.hash in on_disk:
+            return 0.0
+        return 30.0 if again.built else None
+
+    again.seconds_of = seconds_of
+    # 450 s are three rounds of 30 s for five shapes.
+    again.training.run(450.0)
+    assert rounds_of(again.built).count(1) == 3
+    assert not on_disk & {p.hash for p in again.built}
+
+
+def test_a_further_round_has_to_leave_time_for_rounding(
+    tmp_path: Path, make_evaluation: Make
+) -> None:
+    """Recoveries take a second, the training of rounding to few bits ten more in each round."""
+    built = []
+    for name, ways, rounding in (
+        ("plain", (), 10.0),
+        ("free", (INT4,), 0.0),
+        ("few", (INT4,), 10.0),
+    ):
+        (tmp_path / name).mkdir()
+        scene = Scene(tmp_path / name, make_evaluation)
+        scene.study._keep(member(make_evaluation, 0.3, 0.86, 2.0, *ways))
+
+        def seconds_of(wanted: Plan, rounding: float = rounding) -> float:
+            return 1.0 + rounding * any(isinstance(s.decision, Qat) for s in wanted.steps)
+
+        scene.seconds_of = seconds_of
+        # Three rounds take three seconds by the scene's clock.
+        scene.training.run(12.0)
+        built.append(max(rounds_of(scene.built)))
+    assert built == [MOST_ROUNDS, MOST_ROUNDS, 3]
+
+
+def test_what_is_rounded_already_is_not_counted_again(
+    tmp_path: Path, make_evaluation: Make
+) -> None:
+    scene = Scene(tmp_path, make_evaluation)
+    ways = tuple((plan(0, way), "onnxruntime") for way in (INT8, INT4, INT2))
+    rounded = replace(shape(0.5), ways=ways)
+    last = [plan_of(rounded, way, 2) for way, _ in ways]
+    seconds = {last[1].hash: 11.0, last[2].hash: 4.0}
+    scene.seconds_of = lambda p: seconds.get(p.hash, 1.0)
+    # The recovery's second counts once.
+    assert scene.training._paces([rounded], 2) == [1.0 + 10.0 + 3.0]
+    assert scene.training._paces([rounded], 1) == [1.0]
+    scene.study.keep_trained(make_evaluation(last[1].hash, 0.8, 2.0, plan=last[1]), 0.0)
+    assert scene.training._paces([rounded], 2) == [1.0 + 3.0]
+    scene.seconds_of = lambda p: None if p == last[2] else 1.0
+    assert scene.training._paces([rounded], 2) == [None]
 
 
 def test_a_slow_training_gets_fewer_shapes(tmp_path: Path, make_evaluation: Make) -> None:
