@@ -17,7 +17,7 @@ from autocompress.files import write_whole
 
 Tensors = dict[str, Tensor]
 # Counted up whenever the loop changes, so that no training goes on with what an older one began.
-_VERSION = 2
+_VERSION = 3
 
 
 @final

@@ -108,7 +108,9 @@ def recover_network(
     identity = ""
     if context.folder is not None:
         how = decision.model_dump(mode="json", exclude={"pruning_rounds", "cycles"})
-        identity = training_identity((network, teacher), split, how, context.class_scores)
+        identity = training_identity(
+            (network, teacher), split, how, context.class_scores, *context.padding.axes
+        )
     return train(network, split, loss, settings, context.surroundings(identity))
 
 

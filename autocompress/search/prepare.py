@@ -244,14 +244,15 @@ def _needs_labels(decision: Decision) -> bool:
 
 
 def data_identity(workload: Workload) -> str:
-    """A hash of every split and of the metric's name or source."""
+    """A hash of every split, of the metric's name or source, and of the open axes."""
     tensors = [
         tensor
         for split in workload.splits().values()
         for tensor in (*split.inputs, *(() if split.targets is None else (split.targets,)))
     ]
     text = _source(workload.metric) if callable(workload.metric) else workload.metric
-    return make_key(tensors_hash(tuple(tensors)), hashlib.sha256(text.encode()).hexdigest()[:12])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return make_key(tensors_hash(tuple(tensors)), digest, *map(dict, workload.dynamic_axes))
 
 
 def _source(function: Callable[..., object]) -> str:

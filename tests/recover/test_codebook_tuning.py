@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from autocompress.recover.codebook_tuning import shared_codebooks, tune_codebook
 from autocompress.recover.recovery import RecoveryContext
 from autocompress.recover.training import TrainingReport, train
 from autocompress.techniques.codebook_tuning import TuneCodebooks
+from autocompress.workload import Padding
 
 
 def add_codebook(layer: nn.Module, words: int, width: int, zero: bool = True) -> None:
@@ -144,6 +146,9 @@ def test_checkpoints_of_other_codes_are_not_taken(tmp_path: Path) -> None:
     network[4].codes.copy_(network[4].codes.flip(0))
     tune(network, context)
     assert len(list(tmp_path.iterdir())) == 2
+    # Nor those of other batches.
+    tune(coded_network(), replace(context, padding=Padding((None,))))
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_two_threads_sum_gradients_in_one_order() -> None:

@@ -24,7 +24,7 @@ from autocompress.recover.training import TrainingReport
 from autocompress.techniques.precision import Precision
 from autocompress.techniques.qat import QAT, Qat
 from autocompress.techniques.recovery import Recover
-from autocompress.workload import Split
+from autocompress.workload import NO_PADDING, Padding, Split
 
 STATIC = Precision(weight_bits=4, activation_bits=8)
 
@@ -213,6 +213,13 @@ def test_a_killed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
     resumed = quantized("residual")
     train("residual", resumed, decision, RecoveryContext(folder=tmp_path))
     assert all(torch.equal(t, tensors(resumed)[n]) for n, t in tensors(whole).items())
+
+
+def test_a_training_with_padding_goes_on_from_none_without(tmp_path: Path) -> None:
+    for padding in (NO_PADDING, Padding((None,))):
+        context = RecoveryContext(folder=tmp_path, padding=padding)
+        train("residual", quantized("residual"), Qat(epochs=1), context)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_the_gradient_at_a_layer_s_output_is_rounded_to_few_levels() -> None:

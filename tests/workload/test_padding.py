@@ -17,14 +17,19 @@ from autocompress.bank.observations import Counter
 from autocompress.bank.usage import count_usage
 from autocompress.config import CalibrationSettings
 from autocompress.graph import trace
+from autocompress.plan import Plan, Step
+from autocompress.recover import Trainer
+from autocompress.recover.normalization import BatchNormRepair
 from autocompress.recover.recovery import (
     RecoveryContext,
     find_teacher_outputs,
     recover_network,
 )
 from autocompress.recover.schedule import epoch_batches
+from autocompress.search.prepare import data_identity
+from autocompress.techniques import NETWORK
 from autocompress.techniques.recovery import Recover
-from autocompress.workload import NO_PADDING, Padding, Split, find_padding
+from autocompress.workload import NO_PADDING, Padding, Split, Workload, find_padding
 
 WORDS, LENGTH, WIDTH = 30, 12, 8
 PADDED = Padding((1, 1))
@@ -279,3 +284,37 @@ def test_trainings_see_cut_batches(method: str) -> None:
     handle.remove()
     # Maps of features are looked for at full length, once.
     assert widths.count(LENGTH) <= 1 and len(set(widths)) > 2
+
+
+def test_a_training_with_padding_goes_on_from_none_without(tmp_path: Path) -> None:
+    for padding in (NO_PADDING, PADDED):
+        context = RecoveryContext(bf16=False, folder=tmp_path, padding=padding)
+        recover_network(reader(), reader(), Split(texts(64)), Recover(epochs=0.5), context)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def make_workload() -> Workload:
+    some = Split(texts(8))
+    return Workload(
+        network=reader(), example_inputs=texts(1), calibration=some, train=some,
+        search_split=some, test_split=some, metric="agreement",
+    )  # fmt: skip
+
+
+def test_what_was_trained_with_padding_is_not_taken_without(tmp_path: Path) -> None:
+    plain = make_workload()
+    bank = Bank(plain.network, trace(plain.network, plain.example_inputs), 1, tmp_path)
+    repair = BatchNormRepair(plain.network, plain.calibration.inputs, 4)
+    plan = Plan((Step(NETWORK, Recover(epochs=0.5)),))
+    files = [
+        Trainer(bank, repair, each, tmp_path).files(plain.network, plan)
+        for each in (plain, replace(plain, padding=PADDED))
+    ]
+    assert files[0] != files[1] and len(files[0]) == len(files[1]) == 1
+
+
+def test_a_run_with_other_open_axes_is_another_one() -> None:
+    plain = make_workload()
+    one, both = replace(plain, dynamic_axes=({1: "length"}, {})), replace(plain, dynamic_axes=AXES)
+    assert len({data_identity(each) for each in (plain, one, both)}) == 3
+    assert data_identity(replace(plain, dynamic_axes=({}, {}))) == data_identity(plain)
