@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autocompress.config import Objective
 from autocompress.evaluation import Evaluation
 from autocompress.pareto import hypervolume
-from autocompress.search.front import MAXIMISE, front_mask, objective_values
+from autocompress.search.front import MAXIMISE, front_mask, metric_scale, objective_values
 from autocompress.search.steadied import steadied
 
 # Shares of the original's metric: most users stop at the first; past the second nothing is left.
@@ -51,14 +52,17 @@ def choose_finalists(
     members = [e for e, on in zip(points, mask, strict=True) if on]
     members.sort(key=lambda e: -e.metric.value)
     level = original.metric.value
-    alive = [e for e in members if e.metric.value >= level - _LARGEST_LOSS * abs(level)]
+    scale = metric_scale(level, [e.metric.value for e in points])
+    alive = [e for e in members if e.metric.value >= level - _LARGEST_LOSS * scale]
     off = [e for e, on in zip(points, mask, strict=True) if not on]
     contenders = _better_than(rival, off, objectives)[: count // 4] if rival else []
-    found = _greedy_cover(alive, original, objectives, count - len(contenders))
+    least = level - _USEFUL_LOSS * scale
+    goal = _reference(original, objectives, least), objectives
+    found = _greedy_cover(alive, goal, count - len(contenders))
     found += contenders
-    useful = [e for e in off if e.metric.value >= level - _USEFUL_LOSS * abs(level)]
+    useful = [e for e in off if e.metric.value >= least]
     others = [e for e in useful if e not in found and _may_be_better(e, members, objectives)]
-    found += _greedy_cover(others, original, objectives, count - len(found))
+    found += _greedy_cover(others, goal, count - len(found))
     found += [e for e in (*others, *alive) if e not in found][: count - len(found)]
     return [measured[e.candidate] for e in found or members[:1]]
 
@@ -89,19 +93,20 @@ def _better_than(
     return sorted(filter(beats, evaluations), key=lambda e: -e.metric.value)
 
 
+def _reference(
+    original: Evaluation, objectives: Sequence[Objective], least: float
+) -> NDArray[np.float64]:
+    """The reference point of hypervolumes, whose metric is the least useful one."""
+    pairs = zip(objectives, objective_values(original, objectives), strict=True)
+    return np.array([least if MAXIMISE[name] else value * _MARGIN for name, value in pairs])
+
+
 def _greedy_cover(
     members: Sequence[Evaluation],
-    original: Evaluation,
-    objectives: Sequence[Objective],
+    goal: tuple[NDArray[np.float64], Sequence[Objective]],
     count: int,
 ) -> list[Evaluation]:
-    base = objective_values(original, objectives)
-    reference = np.array(
-        [
-            value - _USEFUL_LOSS * abs(value) if MAXIMISE[name] else value * _MARGIN
-            for name, value in zip(objectives, base, strict=True)
-        ]
-    )
+    reference, objectives = goal
     maximise = [MAXIMISE[name] for name in objectives]
     values = [objective_values(e, objectives) for e in members]
     chosen: list[int] = []

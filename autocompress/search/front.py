@@ -90,6 +90,18 @@ def objective_ends(
     return [low for low, _ in pairs], [high for _, high in pairs]
 
 
+def metric_scale(level: float, metrics: Sequence[float]) -> float:
+    """What a share of the original's metric is a share of; positive.
+
+    Of the metric's own size; where it is exactly 0, of how far all metrics spread.
+
+    Args:
+        level: the original's metric.
+        metrics: those of measured candidates.
+    """
+    return abs(level) or float(np.ptp([level, *metrics])) or 1.0
+
+
 def front_mask(
     evaluations: Sequence[Evaluation], objectives: Sequence[Objective]
 ) -> NDArray[np.bool_]:

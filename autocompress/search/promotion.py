@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from autocompress.config import Objective
 from autocompress.evaluation import Evaluation
 from autocompress.pareto import hypervolume, non_dominated
-from autocompress.search.front import MAXIMISE, objective_values
+from autocompress.search.front import MAXIMISE, metric_scale, objective_values
 from autocompress.search.judge import Interval, Judgement, is_dominated
 from autocompress.search.study import Proposal
 
@@ -57,6 +57,7 @@ class FrontGain:
         self._excess = excess
         self._objectives = tuple(objectives)
         self._base = np.array(objective_values(original, objectives))
+        self._scale = metric_scale(original.metric.value, [e.metric.value for e in measured])
         values = [objective_values(e, objectives) for e in measured]
         costs = self._costs(np.array(values).reshape(-1, len(objectives)))
         keep = non_dominated(costs, maximise=[False] * len(objectives))
@@ -91,7 +92,7 @@ class FrontGain:
         columns = []
         for column, base, name in zip(values.T, self._base, self._objectives, strict=True):
             if MAXIMISE[name]:
-                lost = (base - column) / (_WORST_METRIC * abs(base) or 1.0)
+                lost = (base - column) / (_WORST_METRIC * self._scale)
                 columns.append(np.sign(lost) * np.sqrt(np.abs(lost)))
             else:
                 columns.append(np.log(np.maximum(column, _TINY) / max(base, _TINY)))

@@ -20,7 +20,7 @@ from autocompress.config import Objective
 from autocompress.errors import DeviceError, OutOfTimeError
 from autocompress.evaluation import Evaluation
 from autocompress.plan import Plan, Step
-from autocompress.search.front import front_mask, objective_values
+from autocompress.search.front import front_mask, metric_scale, objective_values
 from autocompress.search.promotion import FrontGain
 from autocompress.techniques import NETWORK, Stage, consistent, read_plan, technique_of
 from autocompress.techniques.qat import Qat
@@ -150,7 +150,7 @@ def choose_shapes(
         epochs: of the first round.
     """
     level = original.metric.value
-    worst = level - _LARGEST_LOSS * abs(level)
+    worst = level - _LARGEST_LOSS * metric_scale(level, [e.metric.value for e in evaluations])
     if chance < level:
         worst = max(worst, level - _LARGEST_SHARE * (level - chance))
     alive = [e for e in evaluations if e.metric.value >= worst]

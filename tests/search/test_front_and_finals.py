@@ -9,7 +9,7 @@ import pandas as pd
 from autocompress.report.columns import typed_front
 from autocompress.search.columns import COLUMNS
 from autocompress.search.finals import choose_finalists
-from autocompress.search.front import build_front, objective_ends, objective_values
+from autocompress.search.front import build_front, metric_scale, objective_ends, objective_values
 
 OBJECTIVES = ("metric", "latency")
 
@@ -170,3 +170,22 @@ def test_a_speedup_that_may_be_zero_has_no_latency_above_which_it_cannot_be(make
     wide = make_evaluation("a", 0.9, 2.0)
     wide = replace(wide, speedup=replace(wide.speedup, ci_low=-0.1, ci_high=4.0))
     assert objective_ends(wide, ("latency", "metric")) == ([0.25, 0.9], [np.inf, 0.9])
+
+
+def test_shares_of_a_metric_of_zero_are_of_the_spread():
+    assert metric_scale(-4.0, [-9.0]) == 4.0
+    assert metric_scale(0.0, [-9.0, -1.0]) == 9.0
+    assert metric_scale(0.0, [0.0]) == metric_scale(0.0, []) == 1.0
+
+
+def test_an_original_that_scores_zero_has_finalists(make_evaluation):
+    """As one whose metric is the distance to its own outputs; all others are below it."""
+    original = make_evaluation("original", 0.0, 1.0)
+    points = [
+        make_evaluation(f"{lost}", -lost, speed)
+        for lost, speed in ((0.01, 2.0), (0.3, 3.0), (1.9, 4.0), (4.0, 9.0), (10.0, 20.0))
+    ]
+    found = choose_finalists(points, original, OBJECTIVES, 4)
+    # Half a unit is 5 % of what the worst one loses, two are 20 %.
+    assert {e.candidate for e in found[:2]} == {"0.01", "0.3"}
+    assert [e.candidate for e in found[2:]] == ["1.9"]

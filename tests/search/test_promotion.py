@@ -61,6 +61,15 @@ def test_a_gain_in_closed_form(make_evaluation: Any) -> None:
     assert gain.of_estimates({"metric": Interval(0.75, 0.7, 0.8)}) == gain.of([0.75, 1.0])
 
 
+def test_gains_do_not_depend_on_the_unit_of_a_metric_that_is_zero(make_evaluation: Any) -> None:
+    original = make_evaluation("original", 0.0, 1.0)
+    gains = []
+    for unit in (1.0, 1000.0):
+        front = [make_evaluation("a", -0.1 * unit, 2.0), make_evaluation("b", -unit, 9.0)]
+        gains.append(FrontGain(front, original, OBJECTIVES).of([-0.15 * unit, 0.2]))
+    assert gains[0] == pytest.approx(gains[1]) and gains[0] > 0
+
+
 def test_without_a_gain_it_is_the_additive_epsilon(make_evaluation: Any) -> None:
     original = make_evaluation("original", 0.8, 1.0)
     front = [make_evaluation("a", 0.8, 2.0), make_evaluation("b", 0.75, 4.0)]

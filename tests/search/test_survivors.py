@@ -119,6 +119,14 @@ def test_shapes_come_in_the_order_of_what_training_them_may_add(make_evaluation:
     assert choose_shapes(worthless, original, OBJECTIVES, count=3) == []
 
 
+def test_an_original_that_scores_zero_has_survivors(make_evaluation: Make) -> None:
+    """A quarter of what the worst one loses may be lost."""
+    lost = (0.01, 0.1, 0.3, 2.0)
+    members = [member(make_evaluation, 0.1 + x / 4, -x, 1 + x) for x in lost]
+    found = choose_shapes(members, make_evaluation("original", 0.0, 1.0), OBJECTIVES, count=8)
+    assert sorted(s.metric for s in found) == [-0.3, -0.1, -0.01]
+
+
 def test_what_another_one_will_outdo_is_not_trained_first(make_evaluation: Make) -> None:
     """Three that are about alike, and one apart: of two, one of the three and the one apart."""
     alike = [
