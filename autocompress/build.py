@@ -75,7 +75,8 @@ class Builder:
         bank: calibrated.
         profile: the device.
         settings: how many calibration samples each step reads.
-        folder: `artifacts/` gets the files, `recovered/` trained networks and checkpoints.
+        folder: `artifacts/` gets the files, `recovered/` trained networks and checkpoints,
+            `scratch/` what no later call needs.
     """
 
     def __init__(
@@ -257,7 +258,10 @@ class Builder:
             choice.mode, choice.per_channel, choice.signed_activations, choice.calibration,
             reduce_range=self._profile.integer_weight_bits < 8,
         )  # fmt: skip
-        with tempfile.TemporaryDirectory(dir=self._artifacts.parent) as folder:
+        # What a killed search leaves there, the next one clears.
+        scratch = self._artifacts.parent / "scratch"
+        scratch.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
             target = Path(folder) / "stock.onnx"
             self._stock(quantized.model, target, options)
             return onnx.load(target), {"network": f"stock {options.mode} int8"}

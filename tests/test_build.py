@@ -189,6 +189,22 @@ def test_a_stock_quantizer_of_no_mode_does_nothing(builder: Builder) -> None:
         builder.build(idle.hash, idle)
 
 
+def test_a_killed_build_leaves_its_temporary_files_where_the_next_call_clears(
+    builder: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Path] = []
+
+    def stock(self: Builder, model: object, target: Path, options: object) -> None:
+        begun.append(target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Builder, "_stock", stock)
+    quantized = plan(whole(StockQuantizer(mode="dynamic")))
+    with pytest.raises(KeyboardInterrupt):
+        builder.build(quantized.hash, quantized)
+    assert begun[0].parents[1] == builder.path("any").parents[1] / "scratch"
+
+
 @pytest.mark.parametrize(
     "steps",
     [

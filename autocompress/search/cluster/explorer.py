@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from tempfile import TemporaryDirectory
 from typing import Any, final
 
 import ray
@@ -34,6 +33,7 @@ from autocompress.search.cluster.candidate import (
     SharedReference,
 )
 from autocompress.search.cluster.connect import Cluster
+from autocompress.search.cluster.own_folder import TUNE, OwnFolder
 from autocompress.search.cluster.study_search import FINISHED
 from autocompress.search.cluster.tuning import MOST_LOST, Race, modes_of, run_trials
 from autocompress.search.cluster.workshop import Broken, Failure
@@ -138,20 +138,20 @@ class ClusterExplorer:
         Raises:
             SearchError: too many candidates failed in a row.
         """
+        # No checkpoints are written, so nobody else need see the folder.
+        folder = OwnFolder(TUNE)
         try:
-            with TemporaryDirectory(prefix="autocompress-tune-") as folder:
-                resources = {"cpu": self._crew.cpus}
-                # No checkpoints are written, so nobody else need see the folder.
-                race = Race(
-                    "search",
-                    self._objectives,
-                    resources,
-                    folder,
-                    workers=self._workers,
-                    abandoned=lambda: self._error is not None,
-                )
-                run_trials(Candidate, self._shared, self, race)
+            race = Race(
+                "search",
+                self._objectives,
+                {"cpu": self._crew.cpus},
+                str(folder.path),
+                workers=self._workers,
+                abandoned=lambda: self._error is not None,
+            )
+            run_trials(Candidate, self._shared, self, race)
         finally:
+            folder.remove()
             for judge in self._judges:
                 ray.kill(judge)
         if self._error is not None:

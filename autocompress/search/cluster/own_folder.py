@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import final
 from weakref import finalize
 
-# Kinds of folders: of what measures on a node, and of what builds.
-NODE, WORKSHOP = "node", "workshop"
+# Kinds of folders: of what measures on a node, of what builds, and of Tune's own files.
+NODE, WORKSHOP, TUNE = "node", "workshop", "tune"
 _MADE = "autocompress-new-"
 
 
@@ -24,7 +24,7 @@ class OwnFolder:
     who makes a folder, or calls `tidy`, first deletes the ones whose lock nobody holds any more.
 
     Args:
-        kind: `NODE` or `WORKSHOP`, part of its name.
+        kind: `NODE`, `WORKSHOP` or `TUNE`, part of its name.
     """
 
     def __init__(self, kind: str) -> None:
@@ -43,7 +43,7 @@ class OwnFolder:
 
 def tidy() -> None:
     """Delete this user's folders, of all kinds, whose processes have ended."""
-    for kind in (NODE, WORKSHOP):
+    for kind in (NODE, WORKSHOP, TUNE):
         _tidy(kind)
 
 

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from autocompress.search.cluster.own_folder import NODE, WORKSHOP, OwnFolder, tidy
+from autocompress.search.cluster.own_folder import NODE, TUNE, WORKSHOP, OwnFolder, tidy
 
 _CHILD = """
 import sys
@@ -47,8 +48,11 @@ def test_it_goes_with_its_object() -> None:
     assert not path.exists()
 
 
-@pytest.mark.parametrize("kind", [NODE, WORKSHOP])
-def test_the_next_one_deletes_what_a_killed_process_left(kind: str, temporary: Path) -> None:
+@pytest.mark.parametrize("kind", [NODE, WORKSHOP, TUNE])
+@pytest.mark.parametrize("clean", [OwnFolder, lambda kind: tidy()], ids=["next", "tidy"])
+def test_what_a_killed_process_left_is_deleted(
+    kind: str, clean: Callable[[str], object], temporary: Path
+) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", _CHILD, kind],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ,
@@ -61,7 +65,7 @@ def test_the_next_one_deletes_what_a_killed_process_left(kind: str, temporary: P
     child.send_signal(signal.SIGKILL)
     child.communicate()
     assert left.is_dir()
-    OwnFolder(kind)
+    clean(kind)
     assert not left.exists()
 
 
