@@ -8,8 +8,10 @@ from typing import Any, Literal, final
 
 from autocompress.measure.measurement import Measurement
 
-# The unit of accuracy and agreement; a user's metric has its own.
-SHARE = "share"
+# The units of a metric: that of accuracy and agreement, and a user's own.
+SHARE, OWN_UNIT = "share", "metric"
+# The unit of a share's drop.
+POINTS = "points"
 SplitName = Literal["search", "test"]
 # In the details of what was measured on the search split: how far the outputs are from the
 # original's (see `workload.output_loss`), the share of decisions that changed, and of how many
@@ -114,3 +116,8 @@ class Evaluation:
     def trusted(self) -> bool:
         """Whether latency and energy can be relied on."""
         return self.latency.trusted and (self.energy is None or self.energy.trusted)
+
+
+def drop_unit(metric_unit: str) -> tuple[str, float]:
+    """The unit of a drop, and how many of it are one of the metric's."""
+    return (POINTS, 100.0) if metric_unit == SHARE else (metric_unit, 1.0)

@@ -8,7 +8,7 @@ from typing import Any, final
 
 import torch
 
-from autocompress.evaluation import CHANGED, OUTPUT_LOSS, SAMPLES, SHARE, SplitName
+from autocompress.evaluation import CHANGED, OUTPUT_LOSS, OWN_UNIT, SAMPLES, SHARE, SplitName
 from autocompress.measure.client import Subject, Worker
 from autocompress.measure.measurement import CONFIDENCE_SIGMAS, Measurement
 from autocompress.measure.scoring import ScoringPool
@@ -51,7 +51,7 @@ class Scorer:
         value = score(wanted, outputs, data.targets, self._original_outputs(split))
         error = score_standard_error(wanted, value, len(data))
         spread = math.nan if error is None else CONFIDENCE_SIGMAS * error
-        unit = SHARE if self._workload.class_scores else "metric"
+        unit = SHARE if self._workload.class_scores else OWN_UNIT
         device = self._worker.fingerprint.id
         metric = Measurement(value, value - spread, value + spread, unit, "measured", device)
         return metric, self._distance(subject, outputs, pool) if split == "search" else {}

@@ -11,7 +11,9 @@ import typer
 from autocompress.cli.app import AsJson, RunFolder, app
 from autocompress.cli.output import make_console, print_front
 
-_MaxLatency = Annotated[float | None, typer.Option(help="Median latency on the device.")]
+_MaxLatency = Annotated[
+    float | None, typer.Option(help="Quiet latency on the device: the 2nd percentile.")
+]
 _MinSpeedup = Annotated[float | None, typer.Option(help="Times faster than the original.")]
 _MaxBytes = Annotated[int | None, typer.Option(help="Size of the model file.")]
 _MaxDownload = Annotated[int | None, typer.Option(help="Size of the model's coded container.")]
@@ -44,7 +46,10 @@ def pick(  # noqa: PLR0913 - every parameter is an option of the command
     max_latency_ms: _MaxLatency = None,
     min_speedup: _MinSpeedup = None,
     max_drop: Annotated[
-        float | None, typer.Option(help="Percentage points lost on the test split.")
+        float | None,
+        typer.Option(
+            help="Percentage points lost on the test split; with a metric of your own, its unit."
+        ),
     ] = None,
     max_bytes: _MaxBytes = None,
     max_download_bytes: _MaxDownload = None,
@@ -53,7 +58,9 @@ def pick(  # noqa: PLR0913 - every parameter is an option of the command
     """Hand out one model of a run with a JSON card that says what it is.
 
     Picks among the finalists; all limits must hold. With --max-drop and no latency or speed-up
-    limit: the fastest; with other limits: the most accurate; with --knee: the knee.
+    limit: the fastest; with other limits: the most accurate; with --knee: the knee. The original
+    network or the stock int8 file is handed out where it alone is within the limits, or where it
+    beats the pick in accuracy and latency.
 
     Example: autocompress pick runs/digits --max-drop 1 --out picked
     """

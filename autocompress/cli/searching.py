@@ -51,6 +51,7 @@ def search(  # noqa: PLR0913 - every parameter is an option of the command
 
     Example: autocompress search experiments/digits.yaml --engine ray --address auto
     """
+    from autocompress.report.figures import is_share
     from autocompress.report.progress import SearchDisplay
     from autocompress.search.prepare import Options
     from autocompress.search.run import run_search
@@ -62,9 +63,10 @@ def search(  # noqa: PLR0913 - every parameter is an option of the command
     console = make_console()
     print_front(front.run, console)
     _print_failures(front.run, console)
+    wish = "--max-drop 1" if is_share(front.table()) else "--knee"
     console.print(
         f"\nThe front is in {front.run}/front.csv. Pick a model with, for example:\n"
-        f"  autocompress pick {front.run} --max-drop 1 --out picked",
+        f"  autocompress pick {front.run} {wish} --out picked",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
 

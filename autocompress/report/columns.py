@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from autocompress.config import Objective, read_yaml, validate
 from autocompress.device import Fingerprint
 from autocompress.errors import RunFolderError
-from autocompress.search.columns import COLUMNS, REFERENCES, ROLES
+from autocompress.evaluation import OWN_UNIT, SHARE
+from autocompress.search.columns import COLUMNS, ORIGINAL, REFERENCES, ROLES
 
 __all__ = [
     "COLUMNS", "LATENCY", "OBJECTIVES", "REFERENCES", "ROLES", "cost_of", "front_rows",
@@ -29,12 +30,13 @@ OBJECTIVES: Mapping[Objective, str] = {
     "peak_memory": "peak_memory_bytes", "gpu_memory": "gpu_memory_bytes",
 }  # fmt: skip
 
-_TEXTS = ("candidate", "role", "runtime", "artifact", "plan_hash")
+_TEXTS = ("candidate", "role", "metric_unit", "runtime", "artifact", "plan_hash")
 _FLAGS = ("on_front", "trusted")
 _BYTES = ("file_bytes", "download_bytes", "peak_memory_bytes", "gpu_memory_bytes")
 # Fronts of earlier versions lack these.
 _LATER = (
     "download_bytes", "runtime", "energy_mj", "energy_low_mj", "energy_high_mj", "gpu_memory_bytes",
+    "metric_unit",
 )  # fmt: skip
 _FIX = "let `autocompress search` write the file; it is not meant to be edited"
 
@@ -63,6 +65,8 @@ def typed_front(frame: pd.DataFrame) -> pd.DataFrame:
         else:
             typed[name] = _figures(column)
     result: pd.DataFrame = pd.DataFrame(typed, columns=list(COLUMNS))
+    if (result["metric_unit"] == "").all():
+        result["metric_unit"] = _earlier_unit(result)
     unknown = sorted(set(result["role"]) - set(ROLES))
     if unknown:
         raise RunFolderError(
@@ -72,6 +76,18 @@ def typed_front(frame: pd.DataFrame) -> pd.DataFrame:
             advice=_FIX,
         )
     return result
+
+
+def _earlier_unit(front: pd.DataFrame) -> str:
+    """The metric's unit by the drops, which were multiplied by 100 for a share and nothing else.
+
+    Where no drop is known the metric counts as a user's own, whose numbers are shown as they are.
+    """
+    tested = front["metric_test"]
+    original = tested[front["candidate"] == ORIGINAL]
+    lost = (original.iloc[0] if len(original) else np.nan) - tested
+    drop = front["drop_test_pp"].where(np.isfinite(lost), 0.0)
+    return SHARE if drop.abs().sum() > 10 * lost.abs().sum() else OWN_UNIT
 
 
 def _flags(column: pd.Series[Any]) -> NDArray[np.bool_]:

@@ -7,6 +7,8 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
+from autocompress.evaluation import SHARE
+
 ABSENT: Final = "-"
 _SIZES: Final = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
@@ -78,17 +80,20 @@ def metric(value: float, *, share: bool) -> str:
     """A metric: a share as per cent (`92.41 %`), anything else by four significant digits."""
     if not np.isfinite(value):
         return ABSENT
-    if share:
+    if share and 0 <= value <= 1:
         return f"{100 * value:.2f} %"
     text = f"{value:.4g}"
     return text if 0.001 <= abs(value) < 9999.5 and len(text) <= 8 else number(value)
 
 
-def is_share(frame: pd.DataFrame) -> bool:
-    """Whether every metric of a front lies in 0 to 1, as accuracy does, and may be per cent."""
-    values = frame[["metric_search", "metric_test"]].to_numpy(dtype=np.float64)
-    known = values[np.isfinite(values)]
-    return bool(len(known) and (known >= 0).all() and (known <= 1).all())
+def drop(value: float, *, share: bool) -> str:
+    """A drop of the metric: of a share in points (`0.28`), else in the metric's unit (`0.0031`)."""
+    return points(value) if share else number(value)
+
+
+def is_share(front: pd.DataFrame) -> bool:
+    """Whether the metric of a front (`columns.typed_front`) is per cent: accuracy or agreement."""
+    return bool((front["metric_unit"] == SHARE).all())
 
 
 def _with_unit(value: float, unit: str) -> str:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from autocompress.device import Fingerprint
 from autocompress.errors import ConfigError, RunFolderError
+from autocompress.evaluation import SHARE
 from autocompress.files import write_whole
 from autocompress.report.columns import read_device
 from autocompress.report.pick import Choice
@@ -158,10 +159,11 @@ def _card(run: Path, choice: Choice, name: str, digest: str) -> ModelCard:
 
 def _figures(row: dict[str, Any]) -> dict[str, Figure]:
     """The figures that were taken; a missing one is left out."""
+    lost = "percentage points" if row["metric_unit"] == SHARE else "of the metric, in its own unit,"
     units = {
         "metric_search": "metric on the search split",
         "metric_test": "metric on the test split",
-        "drop_test_pp": "percentage points lost on the test split",
+        "drop_test_pp": f"{lost} lost on the test split",
         "latency_ms": "ms",
         "speedup": "times faster than the original network",
         "energy_mj": "mJ per inference",

@@ -13,18 +13,9 @@ import pandas as pd
 from autocompress import pareto
 from autocompress.errors import ConfigError, NoFitError
 from autocompress.report import figures
-from autocompress.report.columns import REFERENCES, front_rows
+from autocompress.report.columns import REFERENCES, front_rows, typed_front
 from autocompress.report.tables import NAMES
 
-RULE: Final = (
-    "Picks among the finalists, by what was measured on the test split and the device. All limits"
-    " must hold. With --max-drop and no latency or speed-up limit, the fastest model within the"
-    " limits; with any other limits, the most accurate one. --knee takes the knee of accuracy"
-    " against latency instead, within the limits if any are given; --max-drop beside it keeps"
-    " ruined models from bending the curve. The original network or the stock int8 model is handed"
-    " out only if it is within the limits and no finalist is, or if it is at least as accurate and"
-    " as fast as the pick, and better in one."
-)
 _NEAREST: Final = 3
 
 Row = dict[str, Any]
@@ -36,9 +27,9 @@ class Limits:
     """What a picked model must keep; None is no limit.
 
     Args:
-        max_latency_ms: median latency on the device, in milliseconds.
+        max_latency_ms: quiet latency on the device, in milliseconds.
         min_speedup: times faster than the original network.
-        max_drop: percentage points lost on the test split.
+        max_drop: lost on the test split, in percentage points or a user's metric's own unit.
         max_bytes: size of the model file, in bytes.
         max_download_bytes: size of its coded container, in bytes.
 
@@ -105,14 +96,17 @@ class _Rule:
 
 
 def pick(frame: pd.DataFrame, limits: Limits, *, knee: bool = False) -> Choice:
-    """One model of a front; `RULE` says which, in the words of the command line's help.
+    """One finalist of a front, by what was measured on the test split and the device.
 
-    Limits hold for the measured values; where the interval reaches beyond, the reason says so.
+    With `max_drop` and no latency or speed-up limit the fastest within the limits, with any other
+    limits the most accurate one. A reference is taken only where it is within the limits and no
+    finalist is, or where it dominates the pick in metric and latency. Limits hold for the measured
+    values; where the interval reaches beyond, the reason says so.
 
     Args:
         frame: the columns of `front.csv`.
         limits: what must hold.
-        knee: take the knee of test metric against latency.
+        knee: take the knee of test metric against latency, of what is within the limits.
 
     Raises:
         ConfigError: neither a limit nor `knee`.
@@ -135,7 +129,7 @@ def pick(frame: pd.DataFrame, limits: Limits, *, knee: bool = False) -> Choice:
             given=f"{len(rows)} rows",
             advice="run `autocompress search` with the same run folder until it ends",
         )
-    rules = _rules(limits)
+    rules = _rules(limits, share=figures.is_share(typed_front(frame)))
     fits = [row for row in finalists if _within(row, rules)]
     spare = [row for row in judged if row["role"] in REFERENCES and _within(row, rules)]
     if fits:
@@ -152,11 +146,12 @@ def pick(frame: pd.DataFrame, limits: Limits, *, knee: bool = False) -> Choice:
     return Choice(chosen, _sentence(chosen, reason, limits))
 
 
-def _rules(limits: Limits) -> list[_Rule]:
+def _rules(limits: Limits, *, share: bool) -> list[_Rule]:
+    points = " points" if share else ""
     wanted = (
         ("latency", "latency_ms", limits.max_latency_ms, 1, figures.milliseconds),
         ("speed-up", "speedup", limits.min_speedup, -1, lambda value: f"{value:.3g}x"),
-        ("drop", "drop_test_pp", limits.max_drop, 1, lambda v: f"{v:.3g} points"),
+        ("drop", "drop_test_pp", limits.max_drop, 1, lambda v: f"{v:.3g}{points}"),
         ("file", "file_bytes", limits.max_bytes, 1, figures.byte_size),
         ("download", "download_bytes", limits.max_download_bytes, 1, figures.byte_size),
     )

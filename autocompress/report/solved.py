@@ -12,6 +12,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from autocompress.evaluation import POINTS
 from autocompress.measure.measurement import Measurement
 from autocompress.plan import file_of
 from autocompress.report import figures
@@ -45,11 +46,11 @@ def limits_text(limits: Limits) -> str:
 def _plan_table(solved: Solved) -> Table:
     predicted, measured = solved.predicted, solved.measured
     drop = predicted.drop or (measured.drop if measured else None)
-    unit = f", {drop.unit}" if drop is not None else ""
+    unit = f", {POINTS}" if drop is not None and drop.unit == POINTS else ""
     rows: list[tuple[str, Callable[[Figures], str]]] = [
         ("latency, ms", lambda f: _interval(f.latency, figures.number)),
         ("speed-up", _speedup),
-        (f"drop of the metric{unit}", lambda f: _interval(f.drop, figures.points)),
+        (f"drop of the metric{unit}", lambda f: _interval(f.drop, _drop_text(f.drop))),
         ("file", lambda f: _size(f.file_bytes)),
         ("coded file", lambda f: _size(f.download_bytes)),
     ]
@@ -90,7 +91,7 @@ def _cells(candidate: MeasuredCandidate) -> list[str]:
     measured = candidate.figures
     return [
         file_of(candidate.candidate),
-        figures.ABSENT if measured.drop is None else figures.points(measured.drop.value),
+        figures.ABSENT if measured.drop is None else _drop_text(measured.drop)(measured.drop.value),
         figures.milliseconds(measured.latency.value),
         _speedup(measured),
         _size(measured.file_bytes),
@@ -173,6 +174,12 @@ def _interval(figure: Measurement | None, text: Callable[[float], str]) -> str:
     if not np.isfinite([figure.ci_low, figure.ci_high]).all():
         return text(figure.value)
     return f"{text(figure.value)} [{text(figure.ci_low)}, {text(figure.ci_high)}]"
+
+
+def _drop_text(drop: Measurement | None) -> Callable[[float], str]:
+    """How a drop of this figure's unit is written."""
+    share = drop is not None and drop.unit == POINTS
+    return lambda value: figures.drop(value, share=share)
 
 
 def _speedup(measured: Figures) -> str:

@@ -21,6 +21,7 @@ from autocompress.files import write_whole
 from autocompress.pareto import hypervolume, non_dominated
 from autocompress.report import figures
 from autocompress.report.columns import read_front
+from autocompress.search.columns import ORIGINAL
 from autocompress.search.sweep import Finished, by_group
 
 # Columns of `front.csv` that stand for objectives, and whether more of it is better.
@@ -33,6 +34,7 @@ _COLUMNS: Final[Mapping[str, tuple[str, bool]]] = {
     "peak_memory": ("peak_memory_bytes", False),
     "gpu_memory": ("gpu_memory_bytes", False),
 }
+# What a point may lose: percentage points, or hundredths of the original's own metric.
 _LOST = 1.0
 
 
@@ -46,7 +48,8 @@ class Row:
         on_joint_front: of them those that no run of the group dominates.
         covered: share of its points that some other run's point dominates or equals.
         volume: hypervolume as a share of the joint front's, the original network the corner.
-        speedup: the fastest point that lost at most one percentage point; NaN if there is none.
+        speedup: the fastest point that lost at most one percentage point, or of a user's metric a
+            hundredth of the original's; NaN if there is none.
         download_bytes: of the smallest such point's coded file.
     """
 
@@ -114,7 +117,7 @@ def sweep_parts(rows: Sequence[Row], failed: Sequence[Finished]) -> list[Rendera
         "points: on the run's own front, judged on the test split; joint: of them on the front of "
         "all runs of the workload and device; covered: share that another run dominates or equals; "
         "volume: hypervolume against the joint front's; speed-up, coded: the best with at most one "
-        "point lost"
+        "point lost, or a hundredth of a metric of your own"
     )
     parts: list[RenderableType] = [table, Text(legend, style="dim", overflow="fold")]
     parts += [Text(f"failed: {one.cell.name}: {one.failure}") for one in failed]
@@ -129,12 +132,13 @@ def write_sweep(rows: Sequence[Row], finished: Sequence[Finished], folder: Path)
 
 
 def sweep_chart(finished: Sequence[Finished]) -> go.Figure:
-    """Speed-up against points lost of every run's front, a panel for each group."""
+    """Speed-up against what every run's front lost, a panel for each group."""
     groups = list(by_group(finished))
     figure = make_subplots(
         rows=max(len(groups), 1), cols=1, subplot_titles=[name for name, _ in groups]
     )
     for number, (_, runs) in enumerate(groups, 1):
+        unit = "points" if figures.is_share(read_front(runs[0].run)) else "metric"
         for one in runs:
             front = _front(one).sort_values("speedup")
             figure.add_trace(
@@ -145,14 +149,14 @@ def sweep_chart(finished: Sequence[Finished]) -> go.Figure:
                     name=f"{one.cell.group}: {one.cell.label}",
                     mode="lines+markers",
                     line={"shape": "hv"},
-                    hovertemplate="%{text}: %{x:.2f}x, %{y:.2f} points lost",
+                    hovertemplate="%{text}: %{x:.2f}x, %{y:.3~g} " + f"{unit} lost",
                 ),
                 row=number,
                 col=1,
             )
         figure.update_xaxes(type="log", title="times faster than the original", row=number, col=1)
         figure.update_yaxes(
-            title="points lost on the test split", autorange="reversed", row=number, col=1
+            title=f"{unit} lost on the test split", autorange="reversed", row=number, col=1
         )
     figure.update_layout(height=420 * max(len(groups), 1), template="plotly_white")
     return figure
@@ -174,12 +178,13 @@ def _group_rows(group: str, runs: Sequence[Finished]) -> list[Row]:
     joint = np.concatenate(values)
     best = non_dominated(joint, maximise=maximise) if len(joint) else np.zeros(0, dtype=bool)
     corner = _corner(runs[0], columns, maximise)
+    allowed = _allowed_drop(runs[0])
     whole = hypervolume(joint, corner, maximise=maximise) or 1.0
     rows, start = [], 0
     for one, front, own in zip(runs, fronts, values, strict=True):
         others = [v for v in values if v is not own]
         other = np.concatenate(others) if others else own[:0]
-        good = front[front["drop_test_pp"] <= _LOST]
+        good = front[front["drop_test_pp"] <= allowed]
         rows.append(
             Row(
                 group,
@@ -196,6 +201,12 @@ def _group_rows(group: str, runs: Sequence[Finished]) -> list[Row]:
         )
         start += len(own)
     return rows
+
+
+def _allowed_drop(one: Finished) -> float:
+    frame = read_front(one.run)
+    original = frame.loc[frame["candidate"] == ORIGINAL, "metric_test"]
+    return _LOST if figures.is_share(frame) else _LOST * abs(float(original.iloc[0])) / 100
 
 
 def _corner(one: Finished, columns: Sequence[str], maximise: Sequence[bool]) -> NDArray[np.float64]:

@@ -56,6 +56,10 @@ def _front_sign(row: Row, share: bool) -> str:
     return "yes" if row["on_front"] else "no"
 
 
+def _drop(row: Row, share: bool) -> str:
+    return figures.drop(row["drop_test_pp"], share=share)
+
+
 _CANDIDATE: Final = _Column("candidate", 14, _label, "left")
 _SEARCHED: Final = _Column(
     "metric\nsearch", 8, lambda row, share: figures.metric(row["metric_search"], share=share)
@@ -63,7 +67,8 @@ _SEARCHED: Final = _Column(
 _TESTED: Final = _Column(
     "metric\ntest", 8, lambda row, share: figures.metric(row["metric_test"], share=share)
 )
-_DROP: Final = _Column("drop\npoints", 7, lambda row, share: figures.points(row["drop_test_pp"]))
+_DROP: Final = _Column("drop\npoints", 7, _drop)
+_OWN_DROP: Final = _Column("drop\nmetric", 7, _drop)
 _LATENCY: Final = _Column("latency", 10, lambda row, share: figures.milliseconds(row["latency_ms"]))
 _SPEEDUP: Final = _Column("speed-up", 19, _speedup, "left")
 _RUNTIME: Final = _Column("runtime", 24, lambda row, share: row["runtime"], "left")
@@ -106,14 +111,16 @@ def front_table(
     trials = int((~front["role"].isin(REFERENCES)).sum())
     told = front["on_front"] | front["role"].isin((*REFERENCES, "finalist"))
     shown = front if everything else front[told]
-    columns = [_CANDIDATE, *_when_told(front), _SEARCHED, _TESTED, _DROP, _LATENCY, _SPEEDUP]
+    share = figures.is_share(front)
+    columns = [_CANDIDATE, *_when_told(front), _SEARCHED, _TESTED]
+    columns += [_DROP if share else _OWN_DROP, _LATENCY, _SPEEDUP]
     columns += [_ENERGY] if front["energy_mj"].notna().any() else []
     columns += [_FILE, _DOWNLOAD, _MEMORY]
     if everything:
         columns.append(_ON_FRONT)
     title = f"Front of {on_front} out of {trials} candidates, measured on {device or 'this device'}"
     shown = _by_cost(shown, cost)
-    table = _table(shown, columns, cost, share=figures.is_share(front), width=width)
+    table = _table(shown, columns, cost, share=share, width=width)
     table.title = Text(title, style="bold")
     signs = [f"{SIGNS[role]} {text}" for role, text in NAMES.items()]
     notes = ["   ".join([*signs, f"{SIGNS['finalist']} finalist, judged on the test split"])]

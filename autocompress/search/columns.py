@@ -6,7 +6,7 @@ REFERENCES = (ORIGINAL, STOCK_INT8)
 ROLES = (*REFERENCES, "candidate", "finalist")
 COLUMNS = (
     "candidate", "role", "runtime", "on_front", "metric_search", "metric_test", "drop_test_pp",
-    "latency_ms", "speedup", "speedup_low", "speedup_high", "energy_mj", "energy_low_mj",
-    "energy_high_mj", "file_bytes", "download_bytes", "peak_memory_bytes", "gpu_memory_bytes",
-    "trusted", "artifact", "plan_hash",
+    "metric_unit", "latency_ms", "speedup", "speedup_low", "speedup_high", "energy_mj",
+    "energy_low_mj", "energy_high_mj", "file_bytes", "download_bytes", "peak_memory_bytes",
+    "gpu_memory_bytes", "trusted", "artifact", "plan_hash",
 )  # fmt: skip

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from autocompress.config import Objective
 from autocompress.errors import RunFolderError
-from autocompress.evaluation import SHARE, Evaluation
+from autocompress.evaluation import Evaluation, drop_unit
 from autocompress.files import write_whole
 from autocompress.measure.measurement import Measurement
 from autocompress.pareto import non_dominated, surely_dominated
@@ -162,7 +162,7 @@ def build_front(
     mask = (undoubted_front_mask if complete else front_mask)(eligible, objectives)
     members = {e.candidate for e, on in zip(eligible, mask, strict=True) if on}
     original = final.get(ORIGINAL)
-    points = 100 if original and original.metric.unit == SHARE else 1
+    points = drop_unit(original.metric.unit)[1] if original else np.nan
     rows = []
     for name, evaluation in by_name.items():
         last = final.get(name, evaluation)
@@ -218,6 +218,7 @@ def _row(searched: Evaluation, last: Evaluation, on_front: bool, judged: bool) -
         "on_front": on_front,
         "metric_search": searched.metric.value,
         "metric_test": last.metric.value if judged else np.nan,
+        "metric_unit": searched.metric.unit,
         "latency_ms": last.latency.value,
         "speedup": last.speedup.value,
         "speedup_low": last.speedup.ci_low,

@@ -10,7 +10,7 @@ from typing import Any, final
 
 from autocompress.config import Objective
 from autocompress.errors import ConfigError, RunFolderError, SearchError
-from autocompress.evaluation import Evaluation
+from autocompress.evaluation import Evaluation, drop_unit
 from autocompress.measure.measurement import Measurement
 from autocompress.plan import Plan, candidate_name, file_of
 from autocompress.search.columns import ORIGINAL, STOCK_INT8
@@ -28,7 +28,6 @@ from autocompress.search.seeding.milp import ExactSolution, solve_exactly
 from autocompress.search.solve_figures import (
     Figures,
     MeasuredCandidate,
-    drop_unit,
     estimated,
     figures_of,
     speedup_at,

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
-from autocompress.evaluation import SHARE, Evaluation
+from autocompress.evaluation import Evaluation, drop_unit
 from autocompress.measure.measurement import CONFIDENCE_SIGMAS, Measurement
 from autocompress.search.judge import Interval
 from autocompress.search.solve_limits import Limits
@@ -19,7 +19,7 @@ class Figures:
     """What is predicted (`estimated`), or was measured, of one candidate.
 
     Attributes:
-        latency: median, in milliseconds.
+        latency: the quiet latency, in milliseconds.
         speedup: against the original in the device's first runtime.
         drop: how far the metric on the search split is below the original's: percentage points
             for accuracy and agreement, the own unit of a user's metric; without an interval (NaN)
@@ -111,11 +111,6 @@ def speedup_at(latency: Measurement, original_ms: float) -> Measurement:
 def trains(evaluation: Evaluation) -> bool:
     """Whether a candidate's weights were trained."""
     return any(technique_named(str(row["technique"])).stage.trains for row in evaluation.plan)
-
-
-def drop_unit(metric_unit: str) -> tuple[str, float]:
-    """The unit of a drop, and how many of it are one of the metric's."""
-    return ("points", 100.0) if metric_unit == SHARE else (metric_unit, 1.0)
 
 
 def _finite(value: Any) -> Any:

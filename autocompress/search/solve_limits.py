@@ -28,7 +28,7 @@ class Limits:
     """What a solved plan must keep; None is no limit.
 
     Args:
-        max_latency_ms: median latency on the device, in milliseconds.
+        max_latency_ms: quiet latency on the device, in milliseconds.
         min_speedup: times faster than the original network in the device's first runtime.
         max_bytes: size of the model file, in bytes.
         max_download_bytes: size of its coded container, in bytes.

@@ -18,10 +18,9 @@ def row(candidate: str, role: str = "candidate", **changed: Any) -> dict[str, An
     """A row of front.csv that is plausible unless changed."""
     plain = {
         "candidate": candidate, "role": role, "runtime": "onnxruntime", "on_front": True,
-        "metric_search": 0.92,
-        "metric_test": NAN, "drop_test_pp": NAN, "latency_ms": 0.4, "speedup": 2.0,
-        "speedup_low": 1.98, "speedup_high": 2.02, "energy_mj": NAN, "energy_low_mj": NAN,
-        "energy_high_mj": NAN, "file_bytes": 400_000,
+        "metric_search": 0.92, "metric_test": NAN, "drop_test_pp": NAN, "metric_unit": "share",
+        "latency_ms": 0.4, "speedup": 2.0, "speedup_low": 1.98, "speedup_high": 2.02,
+        "energy_mj": NAN, "energy_low_mj": NAN, "energy_high_mj": NAN, "file_bytes": 400_000,
         "download_bytes": 250_000, "peak_memory_bytes": 31_000_000, "gpu_memory_bytes": NAN,
         "trusted": True,
         "artifact": f"artifacts/{candidate}.onnx", "plan_hash": f"hash{candidate}",
@@ -55,6 +54,12 @@ def front() -> pd.DataFrame:
             row("worse", on_front=False, metric_search=0.7, latency_ms=0.7),
         ]
     )
+
+
+@pytest.fixture
+def own_front(front: pd.DataFrame) -> pd.DataFrame:
+    """`front` as a user's own metric gives it: values in 0 to 1, drops in the metric's unit."""
+    return front.assign(metric_unit="metric", drop_test_pp=front["drop_test_pp"] / 100)
 
 
 @pytest.fixture

@@ -70,6 +70,16 @@ def test_missing_columns_are_named(front: pd.DataFrame) -> None:
         typed_front(front.drop(columns=["trusted", "speedup_low"]))
 
 
+@pytest.mark.parametrize("unit", ["share", "metric"])
+def test_fronts_of_earlier_versions_get_the_unit_of_their_drops(
+    front: pd.DataFrame, own_front: pd.DataFrame, unit: str
+) -> None:
+    earlier = (front if unit == "share" else own_front).drop(columns="metric_unit")
+    assert (typed_front(earlier)["metric_unit"] == unit).all()
+    unjudged = earlier.assign(metric_test=np.nan, drop_test_pp=np.nan)
+    assert (typed_front(unjudged)["metric_unit"] == "metric").all()
+
+
 def test_device_must_be_a_fingerprint(run: Path) -> None:
     assert read_device(run).runtime("onnxruntime").version == "1.32.0"
     for text in ("[]", "{", '{"profile": "cpu"}'):

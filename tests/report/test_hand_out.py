@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from autocompress.errors import ConfigError, RunFolderError
@@ -36,6 +37,15 @@ def test_model_and_card(run: Path, choice: Choice, tmp_path: Path) -> None:
     assert card["reason"] == choice.reason
     assert read_card(out / "bent.json").name == "bent"
     assert sorted(path.name for path in out.iterdir()) == ["bent.json", "bent.onnx"]
+
+
+def test_the_card_says_the_unit_of_a_drop(
+    run: Path, own_front: pd.DataFrame, choice: Choice, tmp_path: Path
+) -> None:
+    own = hand_out(run, pick(own_front, Limits(max_drop=0.01)), tmp_path / "own")
+    for model, start in ((own, "of the metric"), (hand_out(run, choice, tmp_path), "percentage")):
+        figure = read_card(model.with_suffix(".json")).figures["drop_test_pp"]
+        assert figure.unit.startswith(start)
 
 
 def test_original_has_an_empty_plan(run: Path, tmp_path: Path) -> None:

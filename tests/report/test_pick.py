@@ -30,6 +30,14 @@ def test_what_the_limits_pick(front: pd.DataFrame, limits: Limits, name: str) ->
     assert choice.reason.startswith(f"{name}: ")
 
 
+def test_drops_of_a_users_metric_are_in_its_own_unit(own_front: pd.DataFrame) -> None:
+    assert pick(own_front, Limits(max_drop=0.01)).row["candidate"] == "bent"
+    with pytest.raises(NoFitError) as caught:
+        pick(own_front, Limits(max_drop=0.006, max_latency_ms=0.2))
+    text = str(caught.value)
+    assert "bent: drop 0.008, 0.002 over" in text and "points" not in text.split("given:")[1]
+
+
 def test_knee(front: pd.DataFrame) -> None:
     assert pick(front, Limits(), knee=True).row["candidate"] == "hard"
     assert pick(front, Limits(max_drop=5.0), knee=True).row["candidate"] == "bent"

@@ -38,6 +38,16 @@ def test_default_shows_the_front_and_the_references(front: pd.DataFrame) -> None
         assert cell in bent
 
 
+def test_a_users_metric_is_never_per_cent(front: pd.DataFrame, own_front: pd.DataFrame) -> None:
+    shown = lines(front_table(own_front))
+    bent = next(line for line in shown if "bent" in line)
+    assert " 0.912 " in bent and " 0.0080 " in bent
+    for text in ("\n".join(shown), front_chart(own_front).plain):
+        assert "%" not in text and "points" not in text
+    heads = lines(front_table(own_front))[:4], lines(front_table(front))[:4]
+    assert [sum("points" in line for line in head) for head in heads] == [0, 1]
+
+
 def test_rows_rise_in_latency_and_unknown_is_last(front: pd.DataFrame) -> None:
     front.loc[6, "latency_ms"] = float("nan")
     names = [line.split()[1] for line in lines(front_table(front)) if line[:1] in "◆▲●○" and line]
@@ -75,6 +85,7 @@ CELLS = {
     "role": st.sampled_from(["original", "stock_int8", "candidate", "finalist"]),
     "on_front": st.booleans(),
     "trusted": st.booleans(),
+    "metric_unit": st.sampled_from(["share", "metric"]),
     "artifact": st.just("a.onnx"),
     "plan_hash": st.just(""),
 }

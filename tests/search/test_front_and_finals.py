@@ -49,6 +49,18 @@ def test_finalists_carry_both_figures_and_the_drop_in_points(tmp_path, make_eval
     assert row["speedup"] == 2.9
 
 
+def test_a_users_metric_keeps_its_unit_and_so_does_its_drop(tmp_path, make_evaluation):
+    def own(candidate, value, split="search"):
+        found = make_evaluation(candidate, value, 1.0, split=split)
+        return replace(found, metric=replace(found.metric, unit="metric"))
+
+    searched = [own("original", 0.95), own("a", 0.94)]
+    judged = [own("original", 0.93, "test"), own("a", 0.92, "test")]
+    table = build_front(tmp_path, OBJECTIVES, searched, judged).table().set_index("candidate")
+    assert table["metric_unit"].tolist() == ["metric", "metric"]
+    assert np.isclose(table.loc["a", "drop_test_pp"], 0.01)
+
+
 def test_the_test_split_does_not_choose_the_front(tmp_path, make_evaluation):
     searched = [
         make_evaluation("original", 0.95, 1.0),

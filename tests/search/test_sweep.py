@@ -191,6 +191,17 @@ def run_folder(path: Path, points: Sequence[tuple[float, float]]) -> Path:
     return path
 
 
+def test_a_users_metric_may_lose_a_hundredth_of_the_originals(tmp_path: Path) -> None:
+    one = finished(tmp_path, 0, [(0.5, 3.0), (50.0, 9.0)])
+    frame = pd.read_csv(one.run / "front.csv").assign(metric_unit="metric")
+    frame["drop_test_pp"] /= 100
+    frame.to_csv(one.run / "front.csv", index=False)
+    assert sweep_rows([one])[0].speedup == 3.0
+    write_sweep(sweep_rows([one]), [one], tmp_path)
+    page = (tmp_path / "sweep.html").read_text()
+    assert "metric lost" in page and "points lost" not in page
+
+
 def finished(tmp_path: Path, number: int, points: Sequence[tuple[float, float]]) -> Finished:
     experiment = {"objectives": ["metric", "latency"]}
     cell = Cell(f"c{number}", "tiny on quick", f"space {number}", "here", experiment)
