@@ -63,7 +63,7 @@ def tune_codebooks(
         held = [b for layer in _coded_layers(network) for b in layer.buffers()]
         identity = training_identity(
             (network, teacher), split, "tune_codebooks", tensors_hash(tuple(held)),
-            decision.model_dump(mode="json"), context.class_scores, *context.padding.axes,
+            decision.model_dump(mode="json"), context.class_scores, *context.padding.key,
         )  # fmt: skip
     with frozen_weights(network, "integer_weight"), shared_codebooks(network):
         return train(network, split, loss, settings, context.surroundings(identity))

@@ -148,5 +148,5 @@ def _identity(
         tensors_hash(calibration),
         decision.model_dump(mode="json"),
         context.class_scores,
-        *context.padding.axes,
+        *context.padding.key,
     )

@@ -109,7 +109,7 @@ def recover_network(
     if context.folder is not None:
         how = decision.model_dump(mode="json", exclude={"pruning_rounds", "cycles"})
         identity = training_identity(
-            (network, teacher), split, how, context.class_scores, *context.padding.axes
+            (network, teacher), split, how, context.class_scores, *context.padding.key
         )
     return train(network, split, loss, settings, context.surroundings(identity))
 

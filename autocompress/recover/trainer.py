@@ -248,8 +248,8 @@ class Trainer:
 
     def _kept_files(self, network: nn.Module, plan: Plan, decision: Recover) -> list[Path]:
         """Where each cycle's result of training a network from its present state is kept."""
-        networks, axes = (network, self._bank.network), self._workload.padding.axes
-        identity = training_identity(networks, self._train, *axes)
+        networks, key = (network, self._bank.network), self._workload.padding.key
+        identity = training_identity(networks, self._train, *key)
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
         plans = [_with_cycles(plan, decision, n + 1) for n in range(decision.cycles)]
         return [self._folder / f"{each.hash}-{digest}.safetensors" for each in plans]

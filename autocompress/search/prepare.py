@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from autocompress.bank.store import make_key, network_hash, tensors_hash
 from autocompress.build import Builder, Stopwatch
 from autocompress.config import (
     Experiment,
-    Objective,
     SearchSettings,
     load_experiment,
     load_search_space,
@@ -122,7 +121,8 @@ def prepare(
     experiment = with_options(load_experiment(path), options)
     space_file = load_search_space(experiment.search_space, path)
     profile = profile or load_profile(experiment.device, path)
-    device, fingerprint, notes = open_device(profile, find_host(profile), experiment.objectives)
+    wanted = wanted_figures(experiment)
+    device, fingerprint, notes = open_device(profile, find_host(profile), wanted)
     profile = device.profile
     for note in notes:
         progress.note(note)
@@ -189,10 +189,19 @@ def note_left(graph: NetworkGraph, progress: Progress) -> None:
         )
 
 
+def wanted_figures(experiment: Experiment) -> frozenset[str]:
+    """The objectives, and the figures that limits are put on."""
+    limits = parse_limits(experiment.search.limits)
+    return frozenset({*experiment.objectives, *(limit.figure for limit in limits)})
+
+
 def open_device(
-    profile: DeviceProfile, host: Host, objectives: Sequence[Objective]
+    profile: DeviceProfile, host: Host, wanted: Collection[str]
 ) -> tuple[Device, Fingerprint, tuple[str, ...]]:
     """A device as it turns out to be, and notes on what of its profile it lacks.
+
+    Args:
+        wanted: see `wanted_figures`.
 
     Raises:
         DeviceError: it lacks cores, a GPU, a runtime that is not optional, or a meter.
@@ -200,11 +209,11 @@ def open_device(
     with tempfile.TemporaryDirectory() as scratch:
         facts = host.facts(Path(scratch))
         profile, notes = settle(profile, Path(scratch), host)
-    if host.here and "energy" in objectives:
+    if host.here and {"energy", "energy_mj"} & set(wanted):
         meter_for(profile)
-    if "gpu_memory" in objectives and profile.kind != "cuda":
+    if {"gpu_memory", "gpu_memory_bytes"} & set(wanted) and profile.kind != "cuda":
         raise DeviceError(
-            "The objective gpu_memory needs a device with a GPU.",
+            "An objective or limit of GPU memory needs a device with a GPU.",
             given=f"device {profile.name} of kind {profile.kind}",
             allowed="a profile of kind cuda",
             advice="take peak_memory, the resident bytes, instead",

@@ -32,7 +32,14 @@ from autocompress.search.judging import Judging
 from autocompress.search.kept_models import keep_source
 from autocompress.search.limits import parse_limits, satisfied, violations
 from autocompress.search.paying_levels import keep_paying_levels
-from autocompress.search.prepare import Options, Prepared, builder_of, fill_bank, prepare
+from autocompress.search.prepare import (
+    Options,
+    Prepared,
+    builder_of,
+    fill_bank,
+    prepare,
+    wanted_figures,
+)
 from autocompress.search.progress import Progress, Silent
 from autocompress.search.record import VIOLATIONS
 from autocompress.search.references import measure_references
@@ -45,8 +52,6 @@ from autocompress.search.time_plan import Demand, Phase, TimePlan
 
 # The front's file is written anew at least so often while points come in that are not on it.
 _WRITE_EVERY_S = 10.0
-# A first guess, before any reference point was measured.
-_ONE_FINAL_S = 10.0
 
 
 def run_search(path: Path, options: Options, progress: Progress | None = None) -> Front:
@@ -112,8 +117,7 @@ def _engine(
 
 def _extras(prepared: Prepared) -> Extras:
     """The figures that the search goes by, or that a hard limit is put on."""
-    wanted: set[str] = set(prepared.experiment.objectives)
-    wanted |= {limit.figure for limit in parse_limits(prepared.experiment.search.limits)}
+    wanted = wanted_figures(prepared.experiment)
     return Extras(
         coded="download_bytes" in wanted,
         energy=bool({"energy", "energy_mj"} & wanted),

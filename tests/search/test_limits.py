@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autocompress.errors import ConfigError
+from autocompress.config import Experiment
+from autocompress.device import load_profile
+from autocompress.errors import ConfigError, DeviceError
 from autocompress.measure.measurement import Measurement
+from autocompress.search import prepare
 from autocompress.search.limits import (
     FIGURES,
     Limit,
@@ -92,6 +95,22 @@ def test_a_users_metric_drops_in_its_own_unit(make_evaluation):
     original, candidate = make_evaluation("original", 30.0, 1.0), make_evaluation("a", 28.5, 4.0)
     original = replace(original, metric=replace(original.metric, unit="metric"))
     assert figures_of(candidate, original)["drop"] == pytest.approx(1.5)
+
+
+def test_limits_the_device_cannot_take_are_refused_at_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(prepare, "meter_for", asked.append)
+    profile = load_profile("cpu")
+    device = prepare.Device(profile, prepare.host_of(profile))
+    limits = {"limits": ("gpu_memory_bytes <= 1GB", "energy_mj <= 2mJ")}
+    experiment = Experiment(
+        version=1, name="x", workload="x.py:x", device="cpu", search_space="cnn", search=limits
+    )
+    with pytest.raises(DeviceError, match="limit of GPU memory"):
+        prepare.check_device(device, prepare.wanted_figures(experiment))
+    assert asked == [profile]
+    prepare.check_device(device, ["metric", "latency"])
+    assert asked == [profile]
 
 
 def test_violations_are_shares_of_the_bound(make_evaluation):

@@ -58,7 +58,7 @@ def meter_for(profile: DeviceProfile) -> Meter:
         + "; ".join(f"{name}: {why.what}" for name, why in missing),
         given=f"energy.meter {wanted}, a device of kind {profile.kind}",
         allowed="; ".join(f"{name}: {why.remedy}" for name, why in missing),
-        advice="provide one of these, or leave energy out of the objectives",
+        advice="provide one of these, or leave energy out of the objectives and limits",
     )
 
 
