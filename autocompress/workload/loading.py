@@ -100,5 +100,5 @@ def _guarded(function: Callable[[], object], what: str, path: Path) -> object:
         raise WorkloadError(
             f"{what}: {type(cause).__name__}: {cause}",
             given=path,
-            advice=f"run `python {path.name}` or read the traceback above to find the cause",
+            advice="run the same command with --debug for the traceback",
         ) from cause
