@@ -3,7 +3,8 @@
 Example: python experiments/memory/bank_memory.py encoder convolutions
 
 Every network is measured in a process of its own, which does what a search does before its first
-trial; the table of this folder's README is written anew.
+trial. Without names both published networks are measured, and the table of this folder's README is
+written anew; for networks that are named it is printed.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from autocompress.search.prepare import Options, Prepared, builder_of, fill_bank
 HERE = Path(__file__).resolve().parent
 TABLE_BEGIN, TABLE_END = "<!-- table -->", "<!-- end of table -->"
 KIB, GB = 1024, 1e9
+PUBLISHED = ("encoder", "convolutions")
 COLUMNS = ("network", "phase", "seconds", "peak memory", "on disk")
 
 
@@ -141,18 +143,26 @@ def write_table(text: str) -> None:
 
 
 def main() -> None:
-    """Measure the networks named, and write the table."""
+    """Measure the networks named and print the table, or the published ones and write theirs."""
     parser = argparse.ArgumentParser(description=__doc__)
     names = sorted(path.stem for path in HERE.glob("*.yaml"))
-    parser.add_argument("networks", nargs="*", default=["encoder", "convolutions"], choices=names)
+    # Without `choices`: Python 3.11 and earlier check them against the empty list as well.
+    parser.add_argument("networks", nargs="*", help=", ".join(names))
     parser.add_argument("--here", action="store_true", help="one network, in this process, as JSON")
     given = parser.parse_args()
+    unknown = ", ".join(sorted(set(given.networks) - set(names)))
+    if unknown:
+        parser.error(f"no such network: {unknown}; there are {', '.join(names)}")
     if given.here:
         with tempfile.TemporaryDirectory() as folder:
             path = HERE / f"{given.networks[0]}.yaml"
             print(json.dumps(measure(path, Path(folder) / "run")))
         return
-    write_table(table({name: measured(name) for name in given.networks}))
+    text = table({name: measured(name) for name in given.networks or PUBLISHED})
+    if given.networks:
+        print(text)
+    else:
+        write_table(text)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,20 @@ def test_the_table_stands_in_the_place_of_the_last_one(bank_memory, tmp_path, mo
     assert rows[3] == ["**one**, 100 million parameters", "all", "10", "2.60 GB", "0.01 GB"]
 
 
+@pytest.mark.parametrize("named", [[], ["encoder_quick"]])
+def test_a_run_for_named_networks_leaves_the_published_table(
+    bank_memory, monkeypatch, capsys, named: list[str]
+) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(bank_memory, "measured", lambda name: figures())
+    monkeypatch.setattr(bank_memory, "write_table", written.append)
+    monkeypatch.setattr(sys, "argv", ["bank_memory.py", *named])
+    bank_memory.main()
+    assert len(written) == (0 if named else 1)
+    assert ("encoder_quick" in capsys.readouterr().out) == bool(named)
+    assert all("encoder" in text and "convolutions" in text for text in written)
+
+
 _PHASES = """
 import json, sys
 from bank_memory import Phases
