@@ -26,7 +26,11 @@ def measure(  # noqa: PLR0913 - every parameter is an option of the command
     ] = None,
     device: Annotated[str, typer.Option(help="A device profile: short name or YAML file.")] = "cpu",
     runtime: Annotated[
-        list[str] | None, typer.Option(help="Only these of the profile's runtimes; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Only these of the profile's runtimes, beside the baseline in the first one, "
+            "which is always measured; repeatable."
+        ),
     ] = None,
     inputs: Annotated[
         Path | None, typer.Option(help="An .npz file, one array per input; else random values.")

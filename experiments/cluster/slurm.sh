@@ -13,7 +13,18 @@ port=6379
 nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
 head=${nodes[0]}
 device=${nodes[-1]}
-name=$(python -c 'import sys, yaml; print(yaml.safe_load(open(sys.argv[1]))["device"])' "$experiment")
+# The resource is called after the profile, which the experiment may name by a file's path.
+name=$(python - "$experiment" <<'END'
+import sys
+from pathlib import Path
+
+from autocompress.config import load_experiment
+from autocompress.device import load_profile
+
+path = Path(sys.argv[1])
+print(load_profile(load_experiment(path).device, path).name)
+END
+)
 
 on() { srun --nodes=1 --ntasks=1 --overlap --nodelist="$1" "${@:2}"; }
 
