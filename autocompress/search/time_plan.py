@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, final, get_args
 
-Phase = Literal["set-up", "seeds", "search", "survivors", "judging"]
+Phase = Literal["set-up", "search", "survivors", "judging"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 # Of a time limit at most this share is kept for judging, and of what is left of it this one.
@@ -15,8 +15,6 @@ _LARGEST_JUDGING, _LARGEST_JUDGING_OF_LEFT = 0.25, 0.5
 _SURVIVORS = 0.45
 # In less time all told, training comes to nothing.
 _SHORTEST_TRAINED_S = 180.0
-# Of what is left beside training and judging: seeds are there for the search.
-_LARGEST_SEEDS = 0.5
 _LABELS: Mapping[Phase, str] = {"survivors": "training"}
 
 
@@ -26,13 +24,11 @@ class Demand:
     """What the phases need, as far as it is known.
 
     Attributes:
-        seeds_s: about how long the sensitivities and seeds that are still missing take.
         final_s: about how long judging one finalist takes, as measured.
         finalists: how many are to be judged.
         trains: whether survivors can and shall be trained: there are training data.
     """
 
-    seeds_s: float = 0.0
     final_s: float = 0.0
     finalists: int = 0
     trains: bool = False
@@ -45,7 +41,7 @@ class TimePlan:
 
     Judging is reserved first: what all finalists take, up to a quarter of the limit and half of
     what is left, yet never less than one finalist takes. Training survivors gets 45 % of what
-    remained after the set-up, seeds what they need, and the search the rest. A phase that ends
+    remained after the set-up, and the search, seeds included, the rest. A phase that ends
     early leaves its time to those after it; one that ends late takes it from the search, then from
     training, and from judging last.
 
@@ -108,7 +104,7 @@ class TimePlan:
         return [(name, seconds) for name, seconds in found if seconds != 0]
 
     def text(self) -> str:
-        """One line, such as `plan for 20m: set-up 0:21, seeds 0:25, search 8:40, judging 2:00`."""
+        """One line, such as `plan for 20m: set-up 0:21, search 9:05, judging 2:00`."""
         if self.total_s is None:
             return "plan without a time limit"
         parts = [
@@ -126,11 +122,8 @@ class TimePlan:
         survivors = survivors if trained else 0.0
         if trained and "search" in self.ended:
             survivors = free
-        seeds = min(self.demand.seeds_s, _LARGEST_SEEDS * (free - survivors))
-        seeds = 0.0 if "seeds" in self.ended else max(0.0, seeds)
         wanted: dict[Phase, float] = {
-            "seeds": seeds,
-            "search": free - survivors - seeds,
+            "search": free - survivors,
             "survivors": survivors,
             "judging": judging,
         }

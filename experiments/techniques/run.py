@@ -41,12 +41,10 @@ from autocompress.techniques import (  # noqa: E402
     BlockTechnique,
     GroupTechnique,
     LayerTechnique,
-    Stage,
     technique_named,
 )
 
 TABLE_BEGIN, TABLE_END = "<!-- table -->", "<!-- end of table -->"
-TRAINING = (Stage.RECOVER, Stage.RETRAIN)
 EXAMPLE_DEVICE = "cpu"
 
 

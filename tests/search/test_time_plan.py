@@ -12,7 +12,6 @@ from autocompress.search.time_plan import PHASES, Demand, TimePlan
 SECONDS = st.floats(0, 5000)
 DEMANDS = st.builds(
     Demand,
-    seeds_s=st.floats(0, 500),
     final_s=st.floats(0, 100),
     finalists=st.integers(0, 40),
     trains=st.booleans(),
@@ -62,7 +61,7 @@ def test_judging_keeps_a_quarter_at_most_or_what_one_finalist_takes(plan):
 
 
 def plan_of(total_s=1200.0, set_up_s=20.0, **demand) -> TimePlan:
-    known = {"seeds_s": 30.0, "final_s": 5.0, "finalists": 20, "trains": True}
+    known = {"final_s": 5.0, "finalists": 20, "trains": True}
     return TimePlan(total_s, set_up_s, Demand(**known | demand))
 
 
@@ -71,15 +70,14 @@ def test_time_is_split_by_the_rules():
     assert plan.seconds("set-up") == 20
     assert plan.seconds("judging") == 100
     assert plan.seconds("survivors") == pytest.approx(0.45 * 1180)
-    assert plan.seconds("seeds") == 30
-    assert plan.seconds("search") == pytest.approx(1180 - 100 - 0.45 * 1180 - 30)
-    assert plan.deadline("seeds") == 50
+    assert plan.seconds("search") == pytest.approx(1180 - 100 - 0.45 * 1180)
+    assert plan.deadline("set-up") == 20
     assert plan.deadline("judging") == pytest.approx(1200)
 
 
 def test_without_training_data_or_time_to_train_the_search_gets_it_all():
     assert plan_of(trains=False).seconds("survivors") == 0
-    assert plan_of(trains=False).seconds("search") == pytest.approx(1180 - 100 - 30)
+    assert plan_of(trains=False).seconds("search") == pytest.approx(1180 - 100)
     assert plan_of(total_s=179.0).seconds("survivors") == 0
     assert plan_of(total_s=180.0).seconds("survivors") == pytest.approx(0.45 * 160)
 
@@ -91,20 +89,8 @@ def test_judging_many_is_capped_and_one_finalist_is_always_judged():
     assert plan_of(total_s=60.0, set_up_s=57.0).seconds("judging") == 3
 
 
-def test_seeds_leave_at_least_as_much_for_the_search():
-    plan = plan_of(seeds_s=5000.0)
-    assert plan.seconds("seeds") == pytest.approx(plan.seconds("search"))
-
-
-def test_time_that_seeds_leave_goes_to_the_search():
-    plan = plan_of().after("seeds", 25.0)
-    assert plan.seconds("seeds") == 5
-    assert plan.seconds("survivors") == pytest.approx(plan_of().seconds("survivors"))
-    assert plan.deadline("search") == pytest.approx(plan_of().deadline("search"))
-
-
 def test_time_that_the_search_leaves_goes_to_training_then_to_judging():
-    plan = plan_of().after("seeds", 50.0).after("search", 200.0)
+    plan = plan_of().after("search", 200.0)
     assert plan.seconds("survivors") == pytest.approx(1000 - 100)
     assert plan.deadline("survivors") == pytest.approx(1100)
     ended = plan.after("survivors", 900.0)
@@ -114,31 +100,31 @@ def test_time_that_the_search_leaves_goes_to_training_then_to_judging():
 
 
 def test_a_late_search_takes_from_training_and_not_from_judging():
-    plan = plan_of().after("seeds", 50.0).after("search", 900.0)
+    plan = plan_of().after("search", 900.0)
     assert plan.seconds("judging") == 100
     assert plan.seconds("survivors") == pytest.approx(200)
 
 
 def test_phases_that_did_not_run_took_no_time():
-    plan = plan_of().after("search", 500.0)
-    assert plan.seconds("seeds") == 0 and plan.seconds("search") == 480
-    with pytest.raises(ValueError, match="seeds"):
-        plan.after("seeds", 600.0)
+    plan = plan_of().after("survivors", 500.0)
+    assert plan.seconds("search") == 0 and plan.seconds("survivors") == 480
+    with pytest.raises(ValueError, match="search"):
+        plan.after("search", 600.0)
 
 
 def test_without_a_limit_there_are_no_deadlines():
-    plan = TimePlan(None, 20.0, Demand(trains=True)).after("seeds", 30.0)
-    assert [plan.deadline(phase) for phase in PHASES] == [None] * 5
-    assert plan.seconds("seeds") == 10 and plan.seconds("search") is None
+    plan = TimePlan(None, 20.0, Demand(trains=True)).after("search", 30.0)
+    assert [plan.deadline(phase) for phase in PHASES] == [None] * 4
+    assert plan.seconds("search") == 10 and plan.seconds("survivors") is None
     assert plan.text() == "plan without a time limit"
 
 
 def test_the_plan_is_one_line():
     assert plan_of().text() == (
-        "plan for 20m: set-up 0:20, seeds 0:30, search 8:39, training 8:51, judging 1:40"
+        "plan for 20m: set-up 0:20, search 9:09, training 8:51, judging 1:40"
     )
     assert "training" not in plan_of(trains=False).text()
     assert plan_of(total_s=5400.0).text().startswith("plan for 1h30m: ")
     assert plan_of(total_s=7200.0, trains=False).text().startswith("plan for 2h: ")
-    assert "search 1:55:40" in plan_of(total_s=7200.0, trains=False, finalists=42).text()
+    assert "search 1:56:10" in plan_of(total_s=7200.0, trains=False, finalists=42).text()
     assert plan_of(total_s=90.0).text().startswith("plan for 90s: ")
