@@ -195,7 +195,8 @@ class RunFolder:
             raise RunFolderError(
                 "The run folder belongs to another experiment or device; it is not touched.",
                 given="; ".join(differences[:4]) + (" ..." if len(differences) > 4 else ""),
-                allowed="the same experiment, seed, search space, device and network",
+                allowed="the same experiment, limits, sampler, seed, search space, device, network "
+                "and data",
                 advice="give another folder with --run, or remove this one",
             )
 

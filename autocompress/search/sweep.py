@@ -109,7 +109,8 @@ def cells_of(sweep: Sweep, near: Path, *, clustered: bool = False) -> tuple[Cell
                 raise ConfigError(
                     "Two searches of the sweep are the same.",
                     given=cell.name,
-                    allowed="lists without repetitions, of experiments with different names",
+                    allowed="lists without repetitions, of experiments with different names, and "
+                    "of devices and search spaces in files of different names",
                 )
             found[cell.name] = cell
     return tuple(found.values())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autocompress.errors import WorkloadError
 from autocompress.workload.inputs import axis_sizes, describe
 from autocompress.workload.network import other_sizes
-from autocompress.workload.scoring import network_outputs, score
+from autocompress.workload.scoring import check_finite, network_outputs, score
 from autocompress.workload.types import Array, Split, Workload
 
 _CHECKED_SAMPLES = 64
@@ -158,8 +158,7 @@ def _check_network(network: nn.Module, samples: Split) -> tuple[Array, ...]:
             allowed="parameters and buffers that a forward pass leaves as they are",
             advice="update state in training mode only",
         )
-    if not all(np.isfinite(o).all() for o in first):
-        raise WorkloadError("The network's outputs hold NaN or infinite values on search_split.")
+    check_finite(first, "The network's outputs on search_split")
     if _difference(first, again) > _REPEAT_TOLERANCE:
         raise WorkloadError(
             "The network's outputs are not deterministic: two runs in eval mode differ.",

@@ -130,6 +130,29 @@ def score_standard_error(metric: Metric, value: float, samples: int) -> float | 
     return math.sqrt(share * (1 - share) / (samples + 4))
 
 
+def check_finite(outputs: tuple[Array, ...], what: str) -> None:
+    """Check that no output holds NaN or infinite values.
+
+    Args:
+        outputs: each of shape (n, ...).
+        what: begins the error's sentence.
+
+    Raises:
+        WorkloadError: one does.
+    """
+    for index, output in enumerate(outputs):
+        broken = ~np.isfinite(output).reshape(len(output), -1).all(axis=1)
+        if broken.any():
+            raise WorkloadError(
+                f"{what} hold NaN or infinite values.",
+                given=f"output {index}: {broken.sum()} of {len(output)} samples, the first at "
+                f"index {broken.argmax()}",
+                allowed="finite numbers",
+                advice="run the network on that sample, and mend its input or the layer that "
+                "overflows; leave outputs out that nobody reads",
+            )
+
+
 def _classes(outputs: Array) -> Array:
     if outputs.ndim < 2 or len(outputs) == 0:
         raise WorkloadError(
@@ -137,8 +160,7 @@ def _classes(outputs: Array) -> Array:
             given=f"output shape {outputs.shape}",
             allowed="(n, classes, ...), n >= 1",
         )
-    if not np.isfinite(outputs).all():
-        raise WorkloadError("The outputs hold NaN or infinite values.")
+    check_finite((outputs,), "The outputs that are scored")
     return cast(Array, outputs.argmax(axis=1))
 
 

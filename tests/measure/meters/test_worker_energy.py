@@ -44,4 +44,4 @@ def test_without_a_meter_energy_is_refused(device_profile, models, split, tmp_pa
     assert "no energy meter that can be read" in text
     assert "no intel-rapl zone in /sys/class/powercap" in text
     assert "no power sensor of the device in /sys" in text
-    assert "INA226" in text and "leave energy out of the objectives" in text
+    assert "INA226" in text and "leave energy out of the objectives and limits" in text
