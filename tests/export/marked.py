@@ -6,7 +6,7 @@ import copy
 
 import onnx
 import torch
-from networks import exporter_of, make_case, make_device
+from networks import exporter_of, make_case, make_device, this_device
 from torch import Tensor, nn
 
 from autocompress.device import DeviceProfile
@@ -25,6 +25,8 @@ def integers(
     activation_bits: int = 32, dynamic: bool = False, signed: bool = False,
     calibration: str = "mse",
 ) -> IntegerWeight:  # fmt: skip
+    if bits == 8 and activation_bits == 8:
+        bits = this_device().integer_weight_bits
     return IntegerWeight(
         bits, group_size, per_tensor, activation_bits, dynamic, signed, calibration
     )

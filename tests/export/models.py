@@ -19,7 +19,7 @@ from autocompress.techniques.filter_prune import FilterPrune
 from autocompress.techniques.low_rank import LOW_RANK, LowRank
 from autocompress.techniques.precision import Precision
 
-INT8 = Precision(weight_bits=8, activation_bits=8)
+INT8 = as_run_here(Precision(weight_bits=8, activation_bits=8))
 
 
 def all_pruned(name: str, ratio: float = 0.4) -> tuple[Step, ...]:
@@ -36,9 +36,7 @@ def all_decomposed(name: str, ratio: float = 0.4, kind: Kind = "svd") -> tuple[S
 
 
 def all_int8(name: str, *without: str) -> tuple[Step, ...]:
-    return tuple(
-        Step(x.name, as_run_here(INT8)) for x in graph_of(name).layers if x.name not in without
-    )
+    return tuple(Step(x.name, INT8) for x in graph_of(name).layers if x.name not in without)
 
 
 def candidate(name: str, *steps: Step) -> nn.Module:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from models import calibration, candidate, operators, relative_error, run_onnx, values
-from networks import exporter_of, graph_of, make_case, make_device
+from networks import exporter_of, graph_of, make_case, make_device, this_device
 from torch import nn
 
 from autocompress.errors import ExportError
@@ -18,7 +19,9 @@ def float_file(name: str) -> onnx.ModelProto:
 
 
 def stock_file(name: str, folder: Path, options: StockOptions) -> onnx.ModelProto:
+    """With weights of 7 bits where this machine's kernels need them."""
     target = folder / "int8.onnx"
+    options = replace(options, reduce_range=this_device().integer_weight_bits < 8)
     stock_quantize(float_file(name), target, calibration(name), options)
     assert [p.name for p in folder.iterdir()] == ["int8.onnx"]
     return onnx.load(target)
@@ -65,6 +68,24 @@ def test_ranges_are_taken_as_the_tool_advises(kind: str, mode: str) -> None:
 def test_recurrent_networks_take_ranges_anew() -> None:
     network = nn.ModuleDict({"lstm": nn.LSTM(4, 4), "head": nn.Linear(4, 2)})
     assert advised_options(network, (), make_device()).mode == "dynamic"
+
+
+def test_a_reduced_range_is_seven_bits(tmp_path: Path) -> None:
+    found = []
+    for reduced in (False, True):
+        target = tmp_path / f"{reduced}.onnx"
+        options = StockOptions(reduce_range=reduced)
+        stock_quantize(float_file("residual"), target, calibration("residual"), options)
+        stored = values(onnx.load(target))
+        found.append(max(np.abs(v).max() for v in stored.values() if v.dtype == np.int8 and v.ndim))
+    assert found[0] == 127 and found[1] <= 64
+
+
+def test_devices_whose_sums_saturate_get_the_reduced_range() -> None:
+    layers, network = graph_of("residual").layers, make_case("residual").network
+    for sums, reduced in (("exact", False), ("saturating", True)):
+        device = make_device().model_copy(update={"integer_sums": sums})
+        assert advised_options(network, layers, device).reduce_range is reduced
 
 
 def test_percentiles_cut_what_minmax_keeps(tmp_path: Path) -> None:
