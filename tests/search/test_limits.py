@@ -101,16 +101,16 @@ def test_limits_the_device_cannot_take_are_refused_at_once(monkeypatch):
     asked = []
     monkeypatch.setattr(prepare, "meter_for", asked.append)
     profile = load_profile("cpu")
-    device = prepare.Device(profile, prepare.host_of(profile))
+    host = prepare.host_of(profile)
     limits = {"limits": ("gpu_memory_bytes <= 1GB", "energy_mj <= 2mJ")}
     experiment = Experiment(
         version=1, name="x", workload="x.py:x", device="cpu", search_space="cnn", search=limits
     )
     with pytest.raises(DeviceError, match="limit of GPU memory"):
-        prepare.check_device(device, prepare.wanted_figures(experiment))
-    assert asked == [profile]
-    prepare.check_device(device, ["metric", "latency"])
-    assert asked == [profile]
+        prepare.open_device(profile, host, prepare.wanted_figures(experiment))
+    assert len(asked) == 1
+    device, _, _ = prepare.open_device(profile, host, ["metric", "latency"])
+    assert len(asked) == 1 and device.profile.integer_sums != "auto"
 
 
 def test_violations_are_shares_of_the_bound(make_evaluation):

@@ -83,7 +83,7 @@ def test_what_is_fixed_to_nothing_is_left_as_it_is(graph):
         ({"9": FIXED_INT8}, ("matches nothing", "given:   9", "0, 2, 4, 8")),
         ({"8": {"filter_prune": {"pruning_ratio": 0.5}}}, ("matches nothing", "0, 2, 4")),
         ({"0": {"magic": {"power": 1}}}, ("no such technique", "filter_prune")),
-        ({"0": {"precision": {"weight_bits": 5, "activation_bits": 8}}}, ("fix of '0'", "8, 4")),
+        ({"0": {"precision": {"weight_bits": 5, "activation_bits": 8}}}, ("fix of '0'", "8, 7, 4")),
         ({"0": {"precision": {"weight_bits": 8}}}, ("activation_bits", "32, 16, 8")),
         # The device has no 16-bit kernel, and eight channels leave nothing in steps of eight.
         ({"0": {"precision": {"weight_bits": 8, "activation_bits": 16}}}, ("does not suit",)),

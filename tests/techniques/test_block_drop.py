@@ -11,6 +11,7 @@ import pytest
 import torch
 from networks import (
     Stacked,
+    as_run_here,
     assemble,
     bank_of,
     exporter_of,
@@ -155,7 +156,7 @@ def test_what_its_skeleton_does_not_fit_is_exported_afresh(monkeypatch: pytest.M
 def test_what_is_left_is_quantized(name: str, gone: list[str]) -> None:
     case = make_case(name)
     inputs = [x.numpy() for x in case.inputs]
-    steps = [(x.name, INT8) for x in graph_of(name).layers]
+    steps = [(x.name, as_run_here(INT8)) for x in graph_of(name).layers]
     wanted = consistent(plan(*((block, DROP) for block in gone), *steps))
     left = {x.name for x in graph_of(name).layers if x.name.rpartition(".")[0] not in gone}
     assert set(wanted.of("precision")) == left
