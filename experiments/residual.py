@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal, final
@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from autocompress.recover.autocast import bf16_pays
 from autocompress.workload import Split
 
 
@@ -41,8 +42,8 @@ class Training:
     """How a network is trained; equal settings give equal weights on one machine.
 
     `augment`: `shift` moves each image by up to `shift` pixels, `shift_flip` also mirrors half of
-    them. `bfloat16` computes under autocast. `threads` changes the order of sums, so it belongs to
-    the settings.
+    them. `bfloat16` computes under autocast: by default where the CPU has instructions for it.
+    `threads` changes the order of sums, so it belongs to the settings.
     """
 
     epochs: int
@@ -52,7 +53,7 @@ class Training:
     label_smoothing: float = 0.05
     augment: Literal["none", "shift", "shift_flip"] = "none"
     shift: int = 1
-    bfloat16: bool = True
+    bfloat16: bool = field(default_factory=lambda: bf16_pays(torch.device("cpu")))
     threads: int = 2
     seed: int = 0
 
