@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autocompress.cli.app import AsJson, RunFolder, app
-from autocompress.cli.output import make_console, say
+from autocompress.cli.output import make_console, say, tell
 from autocompress.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _settled(profile: DeviceProfile) -> DeviceProfile:
     with tempfile.TemporaryDirectory() as scratch:
         found, notes = settle(profile, Path(scratch))
     for note in notes:
-        say(note)
+        tell(note)
     return found
 
 

@@ -15,6 +15,11 @@ def say(text: str) -> None:
     print(f"{text} ...", file=sys.stderr)
 
 
+def tell(text: str) -> None:
+    """Tell a fact, beside the output."""
+    print(text, file=sys.stderr)
+
+
 def make_console() -> Console:
     """Where tables go: at most 100 columns."""
     console = Console()
