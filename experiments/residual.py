@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from autocompress.recover.autocast import bf16_pays
+from autocompress.recover.layout import gradients_are_safe
 from autocompress.workload import Split
 
 
@@ -147,7 +148,9 @@ def _train(
     name: str, shape: Architecture, data: Split, training: Training, checkpoint: Path
 ) -> ResidualNetwork:
     generator = torch.Generator().manual_seed(training.seed)
-    network = _initialised(shape, generator).to(memory_format=torch.channels_last)
+    network = _initialised(shape, generator)
+    if gradients_are_safe(network):
+        network = network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         network.parameters(),
         lr=training.peak_learning_rate,
@@ -222,7 +225,8 @@ def _loss(
     network: nn.Module, batch: Split, training: Training, generator: torch.Generator
 ) -> Tensor:
     images = _augmented(batch.inputs[0], training, generator)
-    images = images.contiguous(memory_format=torch.channels_last)
+    if gradients_are_safe(network):
+        images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16, enabled=training.bfloat16):
         scores = network(images)
     return F.cross_entropy(scores.float(), batch.targets, label_smoothing=training.label_smoothing)

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from trainable import FAST, CrossEntropy, FromFunction, make_network, make_split
 
 from autocompress import Split
-from autocompress.recover.layout import channels_last, takes_channels_last
+from autocompress.recover.layout import channels_last, gradients_are_safe, takes_channels_last
 from autocompress.recover.training import Batch, train
 
 
@@ -28,6 +29,18 @@ def test_images_are_laid_out_and_nothing_else() -> None:
         assert found.stride() == (20 * channels, 1, 5 * channels, channels)
         # One channel must not be taken for the other layout by what comes after it.
         assert nn.Conv2d(channels, 8, 1)(found).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "channels", "safe"),
+    [(1, 2, 4, False), (1, 2, 16, True), (1, 1, 4, True), (3, 2, 4, True)],
+)
+def test_gradients_that_onednn_gets_wrong_are_avoided(
+    kernel: int, stride: int, channels: int, safe: bool
+) -> None:
+    network = nn.Sequential(nn.Conv2d(channels, 8, kernel, stride)).eval()
+    images = (torch.randn(2, channels, 6, 6),)
+    assert gradients_are_safe(network) is takes_channels_last(network, images) is safe
 
 
 def test_who_takes_channels_last() -> None:
