@@ -49,10 +49,7 @@ def measure(  # noqa: PLR0913 - every parameter is an option of the command
     from autocompress.device import load_profile
     from autocompress.report.measured import Wanted, measure_files, measured_table
 
-    profile = load_profile(device)
-    for name in runtime or ():
-        profile.runtime(name)
-    profile = _settled(profile)
+    profile = _settled(load_profile(device))
     names = tuple(runtime or profile.runtime_names)
     for name in names:
         profile.runtime(name)
@@ -140,7 +137,7 @@ def _settled(profile: DeviceProfile) -> DeviceProfile:
     from autocompress.measure.settle import settle
 
     with tempfile.TemporaryDirectory() as scratch:
-        found, notes = settle(profile, Path(scratch))
+        found, _, notes = settle(profile, Path(scratch))
     for note in notes:
         tell(note)
     return found

@@ -207,8 +207,7 @@ def open_device(
         DeviceError: it lacks cores, a GPU, a runtime that is not optional, or a meter.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        facts = host.facts(Path(scratch))
-        profile, notes = settle(profile, Path(scratch), host)
+        profile, facts, notes = settle(profile, Path(scratch), host)
     if host.here and {"energy", "energy_mj"} & set(wanted):
         meter_for(profile)
     if {"gpu_memory", "gpu_memory_bytes"} & set(wanted) and profile.kind != "cuda":

@@ -140,13 +140,13 @@ def test_weights_for_integer_kernels_fit_into_their_sums(sums: str, bits: int) -
 
 
 def test_a_device_is_asked(tmp_path: Path) -> None:
-    profile, notes = settle(device(), tmp_path)
+    profile, _, notes = settle(device(), tmp_path)
     assert profile.integer_sums in ("exact", "saturating")
     assert len(notes) == (profile.integer_sums == "saturating")
 
 
 def test_fused_kernels_compute_what_is_in_a_file_for_this_device(tmp_path: Path) -> None:
-    profile, _ = settle(device(), tmp_path)
+    profile, _, _ = settle(device(), tmp_path)
     technique = technique_named("precision")
     decision = on_device(technique, INTEGERS, profile)
     steps = [Step(layer.name, decision) for layer in graph_of("residual").layers]
