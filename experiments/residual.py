@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -164,7 +164,7 @@ def _train(
         total_steps=training.epochs * (len(data) // training.batch_size),
         pct_start=0.25,
     )
-    parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
+    parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "schedule": schedule}
     start = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
