@@ -1,5 +1,6 @@
 """The residual network of the experiments, and its training: cached, and resumed after a kill."""
 
+# mypy: disable-error-code="arg-type, call-overload, no-any-return, no-untyped-call, union-attr"
 from __future__ import annotations
 
 import fcntl

@@ -77,7 +77,7 @@ def finished(tmp_path_factory):
         "version": 1, "name": "tiny", "workload": f"{HERE / 'tiny_workload.py'}:workload",
         "device": "./quick.yaml", "search_space": "cnn",
         "objectives": ["metric", "latency", "file_bytes", "peak_memory"],
-        "search": {"trials": 8, "finalists": 4},
+        "search": {"trials": 6, "finalists": 3},
     }))  # fmt: skip
     result = in_a_process("search", experiment, "--run", folder / "run", cwd=folder)
     assert result.returncode == 0, result.stderr
@@ -97,7 +97,7 @@ def test_the_run_folder_holds_what_it_should(finished):
     run = folder / "run"
     frame = pd.read_csv(run / "front.csv")
     assert set(frame["role"]) == {"original", "stock_int8", "candidate", "finalist"}
-    assert len(frame) == 10
+    assert len(frame) == 8
     assert frame["candidate"].is_unique
     assert frame[frame["role"] == "finalist"]["metric_test"].notna().all()
     for name in ("experiment.yaml", "device.json", "study.sqlite3", "bank", "plans"):
@@ -198,10 +198,10 @@ def test_a_finished_search_has_nothing_to_do_and_can_be_extended(finished, call)
     again = call("search", folder / "tiny.yaml", "--run", folder / "run")
     assert again.returncode == 0, again.stderr
     assert (folder / "run" / "front.csv").read_bytes() == before
-    more = call("search", folder / "tiny.yaml", "--run", folder / "run", "--trials", "9")
+    more = call("search", folder / "tiny.yaml", "--run", folder / "run", "--trials", "7")
     assert more.returncode == 0, more.stderr
     frame = pd.read_csv(folder / "run" / "front.csv")
-    assert len(frame) == 11
+    assert len(frame) == 9
     before_rows = pd.read_csv(io.BytesIO(before)).set_index("candidate")
     judged = before_rows[before_rows["role"] == "finalist"].index
     assert frame.set_index("candidate").loc[judged, "metric_test"].notna().all()
@@ -215,7 +215,7 @@ def test_a_run_of_another_seed_is_refused(finished, call):
 
 def test_python_gives_the_same_front(finished):
     folder, _ = finished
-    front = autocompress.search(folder / "tiny.yaml", run=folder / "run", trials=8)
+    front = autocompress.search(folder / "tiny.yaml", run=folder / "run", trials=6)
     table = front.table()
     saved = pd.read_csv(folder / "run" / "front.csv")
     assert table["candidate"].tolist() == saved["candidate"].tolist()

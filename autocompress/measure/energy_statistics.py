@@ -15,7 +15,7 @@ from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy.special import ndtr, stdtrit
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -223,6 +223,6 @@ def _expanded_tails(count: int) -> tuple[float, float]:
     """Percentile levels of the interval's ends, in 0 to 100."""
     if count < 2:
         return 0.0, 100.0
-    reach = math.sqrt(count / (count - 1)) * stats.t.ppf((1 + LEVEL) / 2, count - 1)
-    low = float(100 * stats.norm.cdf(-reach))
+    reach = math.sqrt(count / (count - 1)) * stdtrit(count - 1, (1 + LEVEL) / 2)
+    low = float(100 * ndtr(-reach))
     return low, 100 - low

@@ -23,7 +23,7 @@ from typing import final
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy.special import ndtr, stdtrit
 
 FloatArray = npt.NDArray[np.float64]
 Rounds = Sequence[Sequence[float]]
@@ -173,6 +173,6 @@ def _expanded_tails(count: int) -> tuple[float, float]:
     """Percentile levels of the interval's ends, in 0 to 100."""
     if count < 2:
         return 0.0, 100.0
-    reach = np.sqrt(count / (count - 1)) * stats.t.ppf((1 + LEVEL) / 2, count - 1)
-    low = float(100 * stats.norm.cdf(-reach))
+    reach = np.sqrt(count / (count - 1)) * stdtrit(count - 1, (1 + LEVEL) / 2)
+    low = float(100 * ndtr(-reach))
     return low, 100 - low

@@ -13,8 +13,7 @@ from typing import Any, final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import norm
-from scipy.stats import t as student
+from scipy.special import ndtr, stdtrit
 from torch import Tensor, nn
 
 from autocompress.build import Builder, Tried
@@ -206,7 +205,7 @@ def mean_difference(differences: NDArray[np.float64], unit: float = 1.0) -> Inte
     count, free = len(differences), max(len(differences) - 1, 1)
     mean = float(differences.mean())
     squares = float(np.square(differences - mean).sum()) + 4.0 * unit**2
-    wider = float(student.ppf(norm.cdf(_SIGMAS), free)) / _SIGMAS
+    wider = float(stdtrit(free, ndtr(_SIGMAS))) / _SIGMAS
     return Interval.around(mean, wider * math.sqrt(squares / free / count))
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, final
 
 import numpy as np
-from scipy import stats
 
 from autocompress.device import Fingerprint
 from autocompress.measure.measurement import Measurement
 from autocompress.measure.table.survey import Fill
 from autocompress.measure.table.table import Prediction
 from autocompress.search.levels import GroupRow, LayerRow
+from autocompress.search.ranks import rank_correlation
 
 
 @final
@@ -135,5 +135,5 @@ def agreement(pairs: Sequence[tuple[float, float]]) -> Agreement:
     errors = np.abs(predicted / measured - 1)
     # Ranks that are all equal have no correlation.
     ranked = len(pairs) > 1 and np.ptp(predicted) > 0 and np.ptp(measured) > 0
-    correlation = float(stats.spearmanr(predicted, measured).statistic) if ranked else np.nan
+    correlation = rank_correlation(predicted, measured) if ranked else np.nan
     return Agreement(len(pairs), float(errors.mean()), float(errors.max()), correlation)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import final
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from autocompress.config import Objective
 from autocompress.errors import DeviceError, OutOfTimeError
@@ -22,6 +21,7 @@ from autocompress.evaluation import Evaluation
 from autocompress.plan import Plan, Step
 from autocompress.search.front import front_mask, metric_scale, objective_values
 from autocompress.search.promotion import FrontGain
+from autocompress.search.ranks import rank_correlation
 from autocompress.techniques import NETWORK, Stage, consistent, read_plan, technique_of
 from autocompress.techniques.qat import Qat
 from autocompress.techniques.recovery import Recover, cycle_epochs
@@ -281,9 +281,7 @@ def report_round(trained: Sequence[Trained], before: Sequence[float], number: in
     after = [t.metric for t in trained]
     gained = float(np.mean([t.metric - t.shape.metric for t in trained])) if trained else 0.0
     distinct = len(set(before)) > 1 and len(set(after)) > 1
-    correlation = (
-        float(spearmanr(before, after).statistic) if len(after) > 2 and distinct else np.nan
-    )
+    correlation = rank_correlation(before, after) if len(after) > 2 and distinct else np.nan
     first = trained[0].shape.epochs if trained else EPOCHS
     epochs = cycle_epochs(Recover(epochs=first), number)
     return RoundReport(epochs, len(trained), gained, correlation)

@@ -7,6 +7,7 @@ Runtime's own quantizer, judged on 1,000 images and timed by 50 runs.
     python experiments/search/plain_loop.py experiments/digits.yaml --seconds 30 --out runs/plain
 """
 
+# mypy: disable-error-code="misc, no-untyped-call, operator"
 from __future__ import annotations
 
 import argparse

@@ -21,7 +21,7 @@ from autocompress.export.coding.beside import Coding, Codings
 from autocompress.export.coding.container import encode_with_sizes
 from autocompress.export.coding.kept import KeptTensors
 
-ROWS = 96
+ROWS = 64
 
 
 def floats(name: str, seed: int, rows: int = ROWS):
