@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autocompress.errors import ExportError
 from autocompress.export.edit import TABLE_OPERATOR, drop_initializers
+from autocompress.export.function_table import kept_function_table
 from autocompress.onnx_sizes import note_sizes
 from autocompress.workload import Axes, axis_sizes
 from autocompress.workload.inputs import BATCH_AXIS
@@ -65,7 +66,7 @@ def export_graph(
 def _export(
     network: nn.Module, inputs: tuple[Tensor, ...], axes: Sequence[Axes]
 ) -> onnx.ModelProto:
-    with _quiet():
+    with _quiet(), kept_function_table():
         program = torch.onnx.export(
             network, inputs, dynamo=True, verbose=False,
             dynamic_shapes=_free_axes(network, len(inputs), axes), optimize=False,

@@ -52,7 +52,7 @@ def choose_finalists(
     members = [e for e, on in zip(points, mask, strict=True) if on]
     members.sort(key=lambda e: -e.metric.value)
     level = original.metric.value
-    scale = metric_scale(level, [e.metric.value for e in points])
+    scale = metric_scale(original, points)
     alive = [e for e in members if e.metric.value >= level - _LARGEST_LOSS * scale]
     off = [e for e, on in zip(points, mask, strict=True) if not on]
     contenders = _better_than(rival, off, objectives)[: count // 4] if rival else []

@@ -90,16 +90,17 @@ def objective_ends(
     return [low for low, _ in pairs], [high for _, high in pairs]
 
 
-def metric_scale(level: float, metrics: Sequence[float]) -> float:
+def metric_scale(original: Evaluation, evaluations: Sequence[Evaluation]) -> float:
     """What a share of the original's metric is a share of; positive.
 
     Of the metric's own size; where it is exactly 0, of how far all metrics spread.
 
     Args:
-        level: the original's metric.
-        metrics: those of measured candidates.
+        original: the original network.
+        evaluations: measured candidates.
     """
-    return abs(level) or float(np.ptp([level, *metrics])) or 1.0
+    level = original.metric.value
+    return abs(level) or float(np.ptp([level, *(e.metric.value for e in evaluations)])) or 1.0
 
 
 def front_mask(

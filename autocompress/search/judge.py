@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from autocompress.build import Builder, Tried
 from autocompress.config import Objective
-from autocompress.evaluation import SHARE, Evaluation
+from autocompress.evaluation import Evaluation, drop_unit
 from autocompress.recover.autocast import takes_bf16
 from autocompress.search.front import MAXIMISE, objective_values
 from autocompress.search.limits import Figure, Limit, estimated_violations
@@ -308,7 +308,7 @@ def expected_excess(
     values = {name: interval.value for name, interval in estimates.items()}
     figures: dict[Figure, float] = {}
     if "metric" in values:
-        points = 100 if original.metric.unit == SHARE else 1
+        _, points = drop_unit(original.metric.unit)
         figures["metric"] = values["metric"]
         figures["drop"] = points * (original.metric.value - values["metric"])
     if values.get("latency", 0.0) > 0:

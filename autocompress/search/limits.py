@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, cast, final, get_args
 
 from autocompress.errors import ConfigError
-from autocompress.evaluation import SHARE, Evaluation
+from autocompress.evaluation import Evaluation, drop_unit
 
 Figure = Literal[
     "metric", "drop", "latency_ms", "speedup", "energy_mj", "file_bytes", "download_bytes",
@@ -136,7 +136,7 @@ def figures_of(evaluation: Evaluation, original: Evaluation) -> dict[Figure, flo
     Args:
         original: of the original network in the device's first runtime, on the same split.
     """
-    points = 100 if original.metric.unit == SHARE else 1
+    _, points = drop_unit(original.metric.unit)
     speedup = evaluation.speedup.value
     found: dict[Figure, float | None] = {
         "metric": evaluation.metric.value,

@@ -57,7 +57,7 @@ class FrontGain:
         self._excess = excess
         self._objectives = tuple(objectives)
         self._base = np.array(objective_values(original, objectives))
-        self._scale = metric_scale(original.metric.value, [e.metric.value for e in measured])
+        self._scale = metric_scale(original, measured)
         values = [objective_values(e, objectives) for e in measured]
         costs = self._costs(np.array(values).reshape(-1, len(objectives)))
         keep = non_dominated(costs, maximise=[False] * len(objectives))

@@ -150,7 +150,7 @@ def choose_shapes(
         epochs: of the first round.
     """
     level = original.metric.value
-    worst = level - _LARGEST_LOSS * metric_scale(level, [e.metric.value for e in evaluations])
+    worst = level - _LARGEST_LOSS * metric_scale(original, evaluations)
     if chance < level:
         worst = max(worst, level - _LARGEST_SHARE * (level - chance))
     alive = [e for e in evaluations if e.metric.value >= worst]

@@ -184,10 +184,15 @@ def test_a_speedup_that_may_be_zero_has_no_latency_above_which_it_cannot_be(make
     assert objective_ends(wide, ("latency", "metric")) == ([0.25, 0.9], [np.inf, 0.9])
 
 
-def test_shares_of_a_metric_of_zero_are_of_the_spread():
-    assert metric_scale(-4.0, [-9.0]) == 4.0
-    assert metric_scale(0.0, [-9.0, -1.0]) == 9.0
-    assert metric_scale(0.0, [0.0]) == metric_scale(0.0, []) == 1.0
+def test_shares_of_a_metric_of_zero_are_of_the_spread(make_evaluation):
+    def scale(original, *others):
+        return metric_scale(
+            make_evaluation("o", original, 1.0), [make_evaluation("c", m, 1.0) for m in others]
+        )
+
+    assert scale(-4.0, -9.0) == 4.0
+    assert scale(0.0, -9.0, -1.0) == 9.0
+    assert scale(0.0, 0.0) == scale(0.0) == 1.0
 
 
 def test_an_original_that_scores_zero_has_finalists(make_evaluation):
