@@ -150,8 +150,9 @@ def _train(
 ) -> ResidualNetwork:
     generator = torch.Generator().manual_seed(training.seed)
     network = _initialised(shape, generator)
-    if gradients_are_safe(network):
-        network = network.to(memory_format=torch.channels_last)
+    safe = gradients_are_safe(network)
+    layout = torch.channels_last if safe else torch.contiguous_format
+    network = network.to(memory_format=layout)
     optimizer = torch.optim.SGD(
         network.parameters(),
         lr=training.peak_learning_rate,
@@ -176,7 +177,7 @@ def _train(
     network.train()
     for epoch in range(start, training.epochs):
         label = f"{name}: epoch {epoch + 1} of {training.epochs}"
-        _epoch(label, network, data, training, (optimizer, schedule, generator))
+        _epoch(label, network, data, training, layout, (optimizer, schedule, generator))
         saved = {part: value.state_dict() for part, value in parts.items()}
         saved |= {"generator": generator.get_state(), "epochs": epoch + 1}
         write_file(checkpoint, partial(torch.save, saved))
@@ -188,6 +189,7 @@ def _epoch(
     network: nn.Module,
     data: Split,
     training: Training,
+    layout: torch.memory_format,
     state: tuple[torch.optim.SGD, torch.optim.lr_scheduler.OneCycleLR, torch.Generator],
 ) -> None:
     optimizer, schedule, generator = state
@@ -200,7 +202,7 @@ def _epoch(
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True) as progress:
         for index in progress.track(batches, description=label):
-            loss = _loss(network, data.subset(index), training, generator)
+            loss = _loss(network, data.subset(index), training, layout, generator)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -223,11 +225,13 @@ def _initialised(shape: Architecture, generator: torch.Generator) -> ResidualNet
 
 
 def _loss(
-    network: nn.Module, batch: Split, training: Training, generator: torch.Generator
+    network: nn.Module,
+    batch: Split,
+    training: Training,
+    layout: torch.memory_format,
+    generator: torch.Generator,
 ) -> Tensor:
-    images = _augmented(batch.inputs[0], training, generator)
-    if gradients_are_safe(network):
-        images = images.contiguous(memory_format=torch.channels_last)
+    images = _augmented(batch.inputs[0], training, generator).contiguous(memory_format=layout)
     with torch.autocast("cpu", torch.bfloat16, enabled=training.bfloat16):
         scores = network(images)
     return F.cross_entropy(scores.float(), batch.targets, label_smoothing=training.label_smoothing)

@@ -37,8 +37,10 @@ def _class_and_maker() -> tuple[type, Any] | None:
         table = vars(import_module(_MODULE)).get(_CLASS)
     except ImportError:
         return None
-    maker = vars(table).get(_MAKER) if isinstance(table, type) else None
-    return (table, maker) if isinstance(table, type) and isinstance(maker, classmethod) else None
+    if not isinstance(table, type):
+        return None
+    maker = vars(table).get(_MAKER)
+    return (table, maker) if isinstance(maker, classmethod) else None
 
 
 @cache

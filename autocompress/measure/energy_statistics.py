@@ -8,19 +8,13 @@ at no single moment.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
 import numpy as np
-import numpy.typing as npt
-from scipy.special import ndtr, stdtrit
 
-FloatArray = npt.NDArray[np.float64]
-
-RESAMPLES = 1000
-LEVEL = 0.95
+from autocompress.measure.statistics import RESAMPLES, FloatArray, expanded_tails
 
 
 @final
@@ -169,7 +163,7 @@ def bootstrap_energy(
         raise ValueError("energies must be positive and finite")
     draws = generator.integers(pairs, size=(RESAMPLES, pairs))
     means = [side[draws].mean(axis=1) for side in both]
-    tails = _expanded_tails(pairs)
+    tails = expanded_tails(pairs)
     points = [float(side.mean()) for side in both]
     return EnergyRatio(
         baseline=_interval(points[0], means[0], tails),
@@ -217,12 +211,3 @@ def _windows(rows: Sequence[Mapping[str, Any]]) -> tuple[Window, ...]:
 def _interval(point: float, resampled: FloatArray, tails: tuple[float, float]) -> EnergyInterval:
     low, high = np.percentile(resampled, tails)
     return EnergyInterval(point, float(low), float(high))
-
-
-def _expanded_tails(count: int) -> tuple[float, float]:
-    """Percentile levels of the interval's ends, in 0 to 100."""
-    if count < 2:
-        return 0.0, 100.0
-    reach = math.sqrt(count / (count - 1)) * stdtrit(count - 1, (1 + LEVEL) / 2)
-    low = float(100 * ndtr(-reach))
-    return low, 100 - low

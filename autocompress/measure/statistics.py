@@ -97,7 +97,7 @@ def bootstrap_ratio(
     draws = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
     times = [quiet_time(_flat(side)) for side in (baseline, candidate)]
     resampled = [_resampled_quiet_times(side, draws) for side in (baseline, candidate)]
-    tails = _expanded_tails(count)
+    tails = expanded_tails(count)
     low, high = np.percentile(resampled[0] / resampled[1], tails)
     candidate_low, candidate_high = np.percentile(resampled[1], tails)
     return RatioInterval(
@@ -169,8 +169,14 @@ def _resampled_quiet_times(rounds: Rounds, draws: npt.NDArray[np.int64]) -> Floa
     return runs[kept[first]]
 
 
-def _expanded_tails(count: int) -> tuple[float, float]:
-    """Percentile levels of the interval's ends, in 0 to 100."""
+def expanded_tails(count: int) -> tuple[float, float]:
+    """Percentile levels of the interval's ends, in 0 to 100: those of a t interval.
+
+    Hesterberg, "What teachers should know about the bootstrap", The American Statistician 69, 2015.
+
+    Args:
+        count: observations that are resampled.
+    """
     if count < 2:
         return 0.0, 100.0
     reach = np.sqrt(count / (count - 1)) * stdtrit(count - 1, (1 + LEVEL) / 2)
